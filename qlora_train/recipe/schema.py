@@ -1,0 +1,166 @@
+"""The sections of a recipe. Under each key stand its unit and the reason for its default; `extra="forbid"` everywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PositiveInt = Annotated[int, Field(gt=0, le=2**40)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=2**40)]
+PositiveFloat = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+Name = Annotated[str, Field(min_length=1)]
+
+
+class Section(BaseModel):
+    """Strict: no unknown key, no conversion of one type into another, no change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+
+
+class ModelSection(Section):
+    path: Name = Field(
+        description="Hub id, folder, `.gguf` file, or `package:NAME/FILE` for a file inside an installed package."
+    )
+    revision: str | None = Field(None, description="Commit, tag or branch of a hub id. A commit makes the run repeatable.")
+    compute_dtype: Literal["bfloat16", "float32"] = Field(
+        "bfloat16",
+        description="Type of activations and matmuls. bfloat16 needs no loss scaling; float32 is for tests and old cards.",
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to train. auto: cuda where there is one.")
+    chat_template: Path | None = Field(
+        None, description="Jinja file to use instead of the model's own chat template, for bases that ship none."
+    )
+
+
+class QuantSection(Section):
+    quant_type: Literal["nf4", "fp4", "none"] = Field(
+        "nf4",
+        description="4-bit code of the frozen linear layers. nf4 has the lowest error on normal weights "
+        "(QLoRA, arXiv 2305.14314, section 3); none is plain LoRA on a base in compute_dtype.",
+    )
+    double_quant: bool = Field(
+        True, description="Quantise the absmax values too: 4.127 instead of 4.5 bits per weight, at no measured loss."
+    )
+    block_size: Literal[32, 64, 128, 256] = Field(
+        64, description="Weights per absmax value. The paper's 64; smaller is more exact and larger on disk."
+    )
+    storage_dtype: Literal["uint8", "bfloat16", "float32"] = Field(
+        "uint8", description="Container of the packed codes. Anything but uint8 serves sharded training only."
+    )
+    skip_modules: tuple[str, ...] = Field(
+        ("lm_head",), description="Linear layers kept in compute_dtype, by name. The output head decides every token."
+    )
+
+
+class AdapterSection(Section):
+    method: Name = Field("lora", description="A row of the method table (recipe/methods.py).")
+    r: Annotated[int, Field(gt=0, le=4096)] = Field(
+        16, description="Rank. 16 serves most sets; 32 to 64 for more than 50,000 rows, 8 for style."
+    )
+    alpha: PositiveFloat = Field(32.0, description="The update is scaled by alpha / r. 2 r is the usual start.")
+    dropout: Fraction = Field(0.0, description="Share of the adapter's inputs zeroed. 0.05 helps below about 5,000 rows.")
+    target_modules: Literal["all-linear"] | tuple[Name, ...] = Field(
+        "all-linear",
+        description="all-linear: every linear layer but the head (attention-only is worse at equal parameters). "
+        "Or names, matched as whole dotted suffixes: [q_proj, v_proj].",
+    )
+    init_from: Path | None = Field(None, description="Folder of a trained adapter to go on from, in PEFT's format.")
+
+
+class DataSection(Section):
+    train: tuple[Path, ...] = Field(description="JSONL files of training rows, in order.", min_length=1)
+    eval: tuple[Path, ...] = Field((), description="JSONL files of held-out rows: never trained on.")
+    format: Literal["auto", "messages", "prompt_completion", "text"] = Field(
+        "auto", description="Shape of the rows. auto: told by the columns of the first row."
+    )
+    loss_on: Literal["completion", "assistant", "all"] = Field(
+        "assistant",
+        description="Tokens that are trained: the last answer (completion), every answer (assistant), or all.",
+    )
+    seq_len: Annotated[int, Field(ge=8, le=2**24)] = Field(
+        1024, description="Longest row, in tokens. Longer ones are handled by `overlong`, never cut silently."
+    )
+    overlong: Literal["drop", "fail"] = Field(
+        "drop", description="What happens to a row longer than seq_len: left out and listed, or an error."
+    )
+    max_train_rows: PositiveInt | None = Field(None, description="Train on a random subset of so many rows.")
+    max_eval_rows: PositiveInt | None = Field(None, description="Evaluate on the first so many rows.")
+    batching: Literal["shuffled", "length_grouped"] = Field(
+        "length_grouped",
+        description="How rows meet in a micro-batch. length_grouped puts rows of like length together, "
+        "which leaves less padding; the order of micro-batches stays random.",
+    )
+
+
+class TrainSection(Section):
+    epochs: PositiveFloat = Field(1.0, description="Passes over the rows. 1 to 3 for instructions.")
+    max_steps: PositiveInt | None = Field(None, description="Stop after so many optimiser steps, whatever epochs says.")
+    micro_batch_size: PositiveInt = Field(4, description="Rows per forward pass. Raise it until memory is full.")
+    grad_accum_steps: PositiveInt = Field(
+        4, description="Forward passes per optimiser step. Rows per step = micro_batch_size x this; 16 to 32 is usual."
+    )
+    learning_rate: PositiveFloat = Field(
+        2e-4, description="Peak rate. About ten times that of full fine-tuning; 1e-4 from 30 billion parameters on."
+    )
+    schedule: Literal["linear", "cosine", "constant"] = Field("cosine", description="Shape after the warm-up.")
+    warmup_frac: Fraction = Field(0.03, description="Share of the steps in which the rate rises from zero.")
+    weight_decay: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)] = Field(
+        0.0, description="Decoupled decay of A and B towards zero."
+    )
+    adam_beta1: Fraction = Field(0.9, description="Decay of AdamW's first moment.")
+    adam_beta2: Fraction = Field(0.999, description="Decay of AdamW's second moment (the QLoRA paper's).")
+    max_grad_norm: Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)] = Field(
+        1.0, description="Clip the gradient to this norm; 0 turns clipping off. The paper used 0.3."
+    )
+    checkpointing: Literal["none", "full"] = Field(
+        "full", description="full recomputes each layer in the backward pass: a third slower, a fraction of the memory."
+    )
+    save_every: NonNegativeInt = Field(100, description="Steps between checkpoints; 0 saves at the end only.")
+    keep: PositiveInt = Field(2, description="Newest checkpoints kept; the best and the last are kept besides.")
+
+
+class EvalSection(Section):
+    every: NonNegativeInt = Field(100, description="Steps between evaluations of the held-out loss; 0: at the end only.")
+    batch_size: PositiveInt = Field(8, description="Rows per forward pass without gradients.")
+    generate_rows: NonNegativeInt = Field(
+        64, description="Held-out rows answered by generation, before and after training; 0 turns it off."
+    )
+    max_new_tokens: PositiveInt = Field(64, description="Longest generated answer, in tokens.")
+
+
+class ExportSection(Section):
+    export_dtype: Literal["bfloat16", "float16", "float32"] = Field(
+        "bfloat16", description="Type of the merged weights on disk."
+    )
+    shard_gib: PositiveFloat = Field(4.0, description="Largest weight file, in GiB.")
+    verify_rows: PositiveInt = Field(
+        16, description="Held-out rows on which the merged model is compared with the trained one."
+    )
+    max_kl_frac: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = Field(
+        0.01, description="Refuse to publish when KL(trained || merged) exceeds this share of the adapter's own effect."
+    )
+
+
+class RunSection(Section):
+    dir: Path = Field(description="The run folder. Everything that the run writes is in it.")
+    seed: NonNegativeInt = Field(0, description="Everything random follows from it.")
+    threads: PositiveInt | None = Field(
+        None, description="CPU threads of torch. Part of what makes a run repeatable; default: all cores."
+    )
+    log_every: PositiveInt = Field(1, description="Steps between lines of metrics.jsonl.")
+
+
+class Recipe(Section):
+    """A whole recipe. `Recipe.model_fields` is what validation, help and the documentation read."""
+
+    model: ModelSection
+    quant: QuantSection = Field(default_factory=QuantSection)
+    adapter: AdapterSection = Field(default_factory=AdapterSection)
+    data: DataSection
+    train: TrainSection = Field(default_factory=TrainSection)
+    eval: EvalSection = Field(default_factory=EvalSection)
+    export: ExportSection = Field(default_factory=ExportSection)
+    run: RunSection
