@@ -51,7 +51,7 @@ class QuantSection(Section):
         "uint8", description="Container of the packed codes. Anything but uint8 serves sharded training only."
     )
     skip_modules: tuple[str, ...] = Field(
-        ("lm_head",), description="Linear layers kept in compute_dtype, by name. The output head decides every token."
+        (), description="Linear layers kept in compute_dtype, by name, besides the output head, which always is."
     )
 
 

@@ -1,0 +1,146 @@
+"""One public function per verb of the command line, each with a typed result. Nothing here prints or exits.
+
+All of them raise subclasses of `errors.UserError` for what the user can mend, with every problem that is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qlora_train.artifacts import RunDir
+from qlora_train.data.audit import Audit
+from qlora_train.data.preview import PreviewRow, preview
+from qlora_train.data.split import load_split
+from qlora_train.environment import environment
+from qlora_train.errors import DataError, ModelError
+from qlora_train.evaluate.chat import ChatSession
+from qlora_train.evaluate.sides import SideScores, score_side
+from qlora_train.export.run import ExportResult, run_export
+from qlora_train.export.verify import load_merged
+from qlora_train.model.causal import CausalModel
+from qlora_train.model.load import resolve_device
+from qlora_train.model.skeleton import linear_layers, load_tokenizer, name_table
+from qlora_train.model.source import Source
+from qlora_train.model.trained import load_trained, open_run
+from qlora_train.recipe.load import LoadedRecipe, load_recipe
+from qlora_train.train.metrics import Reporter, Silent
+from qlora_train.train.run import TrainResult, run_training
+from qlora_train.train.setup import load_inputs
+
+__all__ = ["ChatSession", "ExportResult", "LoadedRecipe", "TrainResult", "check", "env", "evaluate", "export", "open_chat", "train"]
+
+PREVIEW_ROWS = 5
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """What is known of a run before any weight is loaded."""
+
+    audits: tuple[Audit, ...]
+    linear_layers: dict[str, int]  # last name -> how many layers bear it
+    preview: tuple[PreviewRow, ...]
+    steps_per_epoch: int
+    num_params: int
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Base and adapter side by side on the same rows."""
+
+    base: SideScores
+    adapter: SideScores
+
+
+def check(recipe: Path, overrides: Sequence[str] = ()) -> CheckResult:
+    """Validate recipe, data, tokenizer and model config against each other; weights are neither read nor downloaded."""
+    loaded = load_recipe(recipe, overrides)
+    section = loaded.recipe.train
+    inputs = load_inputs(loaded.recipe, weights=False)
+    num_rows = inputs.train.table.num_rows
+    rows_per_step = section.micro_batch_size * section.grad_accum_steps
+    return CheckResult(
+        audits=tuple(split.audit for split in (inputs.train, inputs.eval) if split),
+        linear_layers=name_table(linear_layers(inputs.skeleton)),
+        preview=tuple(preview(inputs.train.table, inputs.tokenizer, range(min(PREVIEW_ROWS, num_rows)))),
+        steps_per_epoch=-(-num_rows // rows_per_step),
+        num_params=sum(parameter.numel() for parameter in inputs.skeleton.parameters()),
+    )
+
+
+def train(
+    recipe: Path,
+    overrides: Sequence[str] = (),
+    *,
+    resume: bool = False,
+    from_step: int | None = None,
+    reporter: Reporter | None = None,
+) -> TrainResult:
+    """Train a recipe into its run folder, or go on from its newest checkpoint that verifies (or that of `from_step`).
+
+    Raises RecipeError, DataError, ModelError before training; ResumeError when the checkpoint is another run's;
+    MachineError for disk, lock and device; NumericsError before an update that is not finite; Interrupted after
+    saving when a signal asked to stop.
+    """
+    loaded = load_recipe(recipe, overrides)
+    return run_training(loaded, resume=resume, from_step=from_step, reporter=reporter or Silent())
+
+
+def evaluate(run: Path, overrides: Sequence[str] = (), *, rows: Path | None = None) -> EvalResult:
+    """Measure a run's base and adapter on its held-out rows, or on those of another file.
+
+    `overrides` may change the recipe's `eval` and `data` sections, e.g. `eval.generate_rows=1000`.
+    """
+    finished = open_run(run, overrides, sections=("eval", "data"))
+    recipe = finished.recipe
+    if rows is not None:
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"eval": (rows,)})})
+    if not recipe.data.eval:
+        raise DataError("the recipe names no held-out rows", fix="give a file: qlora-train eval RUN --rows FILE")
+    trained = load_trained(finished)
+    split = load_split(recipe.data, "eval", trained.tokenizer, recipe.run.seed)
+    causal = CausalModel(trained.model)
+    adapter = score_side(causal, trained.tokenizer, split, recipe.eval)
+    with trained.model.disable_adapter():
+        base = score_side(causal, trained.tokenizer, split, recipe.eval)
+    return EvalResult(base, adapter)
+
+
+def export(run: Path, target: Path, overrides: Sequence[str] = ()) -> ExportResult:
+    """Merge a run's adapter into its dequantised base, verify the result, and publish it as the folder `target`.
+
+    Raises RecipeError when `target` exists, MachineError when the disk is too small, and ModelError when the base is
+    not the one that was trained on or the merged model is further from the trained one than the recipe allows. In
+    each case nothing appears under the name `target`.
+    """
+    return run_export(open_run(run, overrides, sections=("export",)), target)
+
+
+def open_chat(
+    folder: Path, *, adapters: Sequence[Path] = (), system: str | None = None, device: str = "auto"
+) -> ChatSession:
+    """A conversation with a run (its base with its adapter) or with an exported folder.
+
+    `adapters` are further runs on the same base; each goes by its folder's name.
+    """
+    if RunDir(folder).recipe.is_file():
+        trained = load_trained(open_run(folder))
+        session = ChatSession(trained.model, trained.tokenizer, system=system, name=folder.resolve().name)
+        for other in adapters:
+            session.add_adapter(other.resolve().name, RunDir(other).adapter)
+        return session
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder} is neither a run folder nor a model folder", fix="name run.dir or an export")
+    if adapters:
+        raise ModelError("an exported model takes no adapter", fix="chat with a run folder instead")
+    import torch
+
+    model = load_merged(folder, torch.bfloat16, resolve_device(device))
+    return ChatSession(model, load_tokenizer(Source(str(folder), folder)), system=system)
+
+
+def env() -> dict[str, Any]:
+    """Versions and machine, for run folders and bug reports."""
+    return environment()

@@ -1,0 +1,159 @@
+"""Results as tables on stdout, or as one JSON object."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from qlora_train.api import CheckResult, ExportResult, TrainResult
+from qlora_train.data.preview import printable
+from qlora_train.evaluate.sides import SideScores
+
+SAMPLES = 3
+_console = Console(highlight=False)
+
+
+def json_or(as_json: bool, result: Any, show: Callable[[], None]) -> None:
+    """Print a result for a machine or for a person."""
+    if as_json:
+        print(json.dumps(to_plain(result), ensure_ascii=False))
+    else:
+        show()
+
+
+def to_plain(value: Any) -> Any:
+    """Dataclasses with their properties, paths and tuples as JSON knows them."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        properties = [name for name, attribute in vars(type(value)).items() if isinstance(attribute, property)]
+        return fields | {name: to_plain(getattr(value, name)) for name in properties}
+    if isinstance(value, dict):
+        return {key: to_plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+    return table
+
+
+def check(result: CheckResult, *, list_modules: bool) -> None:
+    """The audit lines, and the first rows with what is trained in bold green."""
+    for audit in result.audits:
+        _console.print(Text(audit.summary()))
+        for fate in audit.fates[:20]:
+            if fate.fate != "not_selected":
+                _console.print(Text(f"  {fate.where}: {fate.fate}: {printable(fate.reason)}"))
+    _console.print(Text(f"{result.num_params / 1e6:,.1f}M parameters; {result.steps_per_epoch:,} optimiser steps per epoch"))
+    if list_modules:
+        table = _table("linear layer", "layers")
+        for name, count in result.linear_layers.items():
+            table.add_row(name, str(count))
+        _console.print(table)
+    _console.print(Text("\nRows as they are trained: tokens between bars, supervised ones in brackets and green."))
+    for row in result.preview:
+        line = Text(f"{row.where}\n  ")
+        for text, supervised in row.tokens:
+            line.append(f"[{text}]" if supervised else f"{text}|", "bold green" if supervised else "dim")
+        _console.print(line, soft_wrap=True)
+    _console.print(Text("The recipe is sound."))
+
+
+def sides(base: SideScores, adapter: SideScores) -> None:
+    """Base against adapter, and a few answers of both."""
+    table = _table("", "base", "adapter")
+    table.add_row("held-out loss (nats per token)", f"{base.loss:.4f}", f"{adapter.loss:.4f}")
+    table.add_row("perplexity", f"{base.perplexity:.2f}", f"{adapter.perplexity:.2f}")
+    if base.scores and adapter.scores:
+        for label, field in (
+            ("exact match", "exact_match"),
+            ("first word", "first_word"),
+            ("character similarity", "char_similarity"),
+        ):
+            values = (getattr(base.scores, field), getattr(adapter.scores, field))
+            table.add_row(label, *(f"{v:.3f}" if field == "char_similarity" else f"{v:.1%}" for v in values))
+    _console.print(table)
+    _console.print(
+        Text(
+            f"{adapter.num_rows} rows, {adapter.num_supervised_tokens:,} supervised tokens"
+            + (f"; {adapter.scores.num_answers} generated answers" if adapter.scores else "")
+        )
+    )
+    for before, after in list(zip(base.answers, adapter.answers, strict=True))[:SAMPLES]:
+        _console.print()
+        question = before.prompt.strip().splitlines()
+        rows = (("asked", _question(question)), ("before", before.text), ("after", after.text), ("wanted", after.reference))
+        for label, text in rows:
+            _console.print(Text(f"{label:>7}: ", "bold") + Text(_one_line(text)), soft_wrap=True)
+
+
+def _question(lines: list[str]) -> str:
+    """The user's last words in a rendered prompt: its longest line among the last three."""
+    return max(lines[-3:], key=len, default="")
+
+
+def _one_line(text: str, limit: int = 160) -> str:
+    flat = printable(" ".join(text.split()))
+    return flat if len(flat) <= limit else flat[:limit] + "..."
+
+
+def trained(result: TrainResult) -> None:
+    """What came of a run."""
+    if result.base and result.adapter:
+        sides(result.base, result.adapter)
+        _console.print()
+    best = f", best at step {result.best_step}" if result.best_step else ""
+    _console.print(
+        Text(
+            f"{result.num_steps} steps{best}; {result.supervised_tokens_per_s:,.0f} supervised tokens/s "
+            f"({result.tokens_per_s:,.0f} in all); peak memory {result.peak_memory_bytes / 2**30:.2f} GiB; "
+            f"{result.wall_s:,.0f} s"
+        )
+    )
+    _console.print(Text(f"run folder: {result.run_dir}"), soft_wrap=True)
+
+
+def exported(result: ExportResult) -> None:
+    """The verdict on a merge."""
+    verdict = result.verdict
+    table = _table("distance from the trained model", "merged", "adapter off")
+    table.add_row("mean KL (nats per token)", f"{verdict.merged.mean_kl:.2e}", f"{verdict.adapter_off.mean_kl:.2e}")
+    table.add_row(
+        "same most likely token", f"{verdict.merged.top1_agreement:.2%}", f"{verdict.adapter_off.top1_agreement:.2%}"
+    )
+    table.add_row(
+        f"loss (trained: {verdict.merged.reference_nll:.4f})",
+        f"{verdict.merged.candidate_nll:.4f}",
+        f"{verdict.adapter_off.candidate_nll:.4f}",
+    )
+    _console.print(table)
+    _console.print(
+        Text(
+            f"accepted: the merged model's KL is {verdict.kl_frac:.3%} of the adapter's effect (limit "
+            f"{verdict.max_kl_frac:.1%}), on {verdict.merged.num_tokens:,} tokens of {verdict.num_rows} {verdict.split} rows"
+        )
+    )
+    _console.print(
+        Text(f"{result.num_modules} layers merged, {result.num_bytes / 2**20:,.0f} MiB: {result.folder}"), soft_wrap=True
+    )
+
+
+def environment(facts: dict[str, Any]) -> None:
+    """One fact per line."""
+    for key, value in facts.items():
+        if isinstance(value, dict):
+            for name, version in value.items():
+                _console.print(Text(f"{name:<16} {version}"))
+        else:
+            _console.print(Text(f"{key:<16} {value}"))

@@ -1,0 +1,51 @@
+"""The conversation on a terminal."""
+
+from __future__ import annotations
+
+import sys
+
+from qlora_train.api import ChatSession
+from qlora_train.data.preview import printable
+from qlora_train.errors import ModelError
+
+HELP = "/adapter NAME, /base, /clear, /exit"
+
+
+def talk(session: ChatSession, *, once: str | None, max_new_tokens: int, temperature: float, seed: int) -> None:
+    """Answer one message, or all that are typed until the end of the input."""
+
+    def answer(text: str) -> None:
+        for piece in session.reply(text, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed):
+            # A model can be taught to write terminal escapes; line breaks are all it may do.
+            print("\n".join(printable(part) for part in piece.split("\n")), end="", flush=True)
+        print()
+
+    if once is not None:
+        answer(once)
+        return
+    print(f"{session.active} answers. {HELP}", file=sys.stderr)
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        if line in ("/exit", "/quit"):
+            return
+        if line.startswith("/"):
+            _command(session, line)
+        elif line:
+            answer(line)
+
+
+def _command(session: ChatSession, line: str) -> None:
+    name, _, argument = line.partition(" ")
+    if name == "/clear":
+        session.clear()
+    elif name in ("/base", "/adapter"):
+        try:
+            session.switch("base" if name == "/base" else argument.strip())
+            print(f"{session.active} answers", file=sys.stderr)
+        except ModelError as error:
+            print(error, file=sys.stderr)
+    else:
+        print(f"unknown command {name}: {HELP}", file=sys.stderr)

@@ -1,0 +1,113 @@
+"""Talking to a model: streamed replies, several adapters on one loaded base."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, set_peft_model_state_dict
+from transformers import TextIteratorStreamer
+
+from qlora_train.adapters.attach import ADAPTER_NAME, check_attached
+from qlora_train.adapters.layers import register_layers
+from qlora_train.adapters.state import load_adapter_config, read_adapter_tensors
+from qlora_train.errors import ModelError
+from qlora_train.evaluate.tasks import end_token_ids
+
+BASE = "base"
+
+
+class ChatSession:
+    """One loaded model and one conversation. `active` names the adapter that answers, or `base`."""
+
+    def __init__(self, model: Any, tokenizer: Any, *, system: str | None = None, name: str = ADAPTER_NAME) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self._system = system
+        # The run's own adapter goes by the run's name on the outside.
+        self.adapters = {name: ADAPTER_NAME} if isinstance(model, PeftModel) else {}
+        self.active = name if self.adapters else BASE
+        self.messages: list[dict[str, str]] = []
+        self.clear()
+        model.eval()
+
+    def clear(self) -> None:
+        """Forget the conversation but not the system prompt."""
+        self.messages = [{"role": "system", "content": self._system}] if self._system else []
+
+    def add_adapter(self, name: str, folder: Path) -> None:
+        """Load one more adapter onto the same base."""
+        if not isinstance(self.model, PeftModel):
+            raise ModelError("a merged model takes no adapter", fix="chat with a run folder instead")
+        if name in self.adapters or name == BASE:
+            raise ModelError(f"there are two adapters named {name!r}", fix="rename one of the run folders")
+        config, tensors = load_adapter_config(folder), read_adapter_tensors(folder)
+        self.model.add_adapter(name, register_layers(config))
+        result = set_peft_model_state_dict(self.model, tensors, adapter_name=name)
+        if result.unexpected_keys:
+            raise ModelError(f"{folder}: {result.unexpected_keys[0]} fits no layer of this base", fix="use its own base")
+        check_attached(self.model)
+        self.adapters[name] = name
+
+    def switch(self, name: str) -> None:
+        """Let another adapter, or the base, answer from now on."""
+        if name != BASE and name not in self.adapters:
+            known = ", ".join([*self.adapters, BASE])
+            raise ModelError(f"no adapter {name!r}; there is: {known}", fix="name one of these")
+        if name != BASE:
+            self.model.set_adapter(self.adapters[name])
+        self.active = name
+
+    def reply(self, text: str, *, max_new_tokens: int, temperature: float = 0.0, seed: int = 0) -> Iterator[str]:
+        """Add the user's turn, yield the answer piece by piece, and add it to the conversation."""
+        self.messages.append({"role": "user", "content": text})
+        pieces = []
+        for piece in self._generate(max_new_tokens, temperature, seed):
+            pieces.append(piece)
+            yield piece
+        self.messages.append({"role": "assistant", "content": "".join(pieces).strip()})
+
+    def prompt(self) -> str:
+        """The text that the model is given now."""
+        if self.tokenizer.chat_template is None:
+            return "\n".join(message["content"] for message in self.messages)
+        return str(self.tokenizer.apply_chat_template(self.messages, tokenize=False, add_generation_prompt=True))
+
+    def _generate(self, max_new_tokens: int, temperature: float, seed: int) -> Iterator[str]:
+        plain = self.tokenizer.chat_template is None
+        encoded = self.tokenizer(self.prompt(), return_tensors="pt", add_special_tokens=plain).to(self.model.device)
+        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+        failure: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                with torch.inference_mode(), self._without_adapter():
+                    torch.manual_seed(seed)
+                    self.model.generate(
+                        **encoded,
+                        **sampling,
+                        max_new_tokens=max_new_tokens,
+                        use_cache=True,
+                        streamer=streamer,
+                        pad_token_id=self.tokenizer.pad_token_id,
+                        eos_token_id=end_token_ids(self.model, self.tokenizer),
+                    )
+            except BaseException as error:  # shown by the reader's thread, which waits for the streamer's end
+                failure.append(error)
+                streamer.end()
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        yield from streamer
+        thread.join()
+        if failure:
+            raise failure[0]
+
+    def _without_adapter(self) -> AbstractContextManager[Any]:
+        if self.active == BASE and isinstance(self.model, PeftModel):
+            return self.model.disable_adapter()
+        return nullcontext()

@@ -1,0 +1,89 @@
+"""One side of "base against adapter": held-out loss and scored answers, stored so that they can be read again."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from qlora_train.data.loader import eval_batches
+from qlora_train.data.split import Split
+from qlora_train.data.template import adds_special_tokens, prompt_and_answer
+from qlora_train.evaluate.tasks import Question, TaskScores, answer, mean_scores
+from qlora_train.evaluate.validation import Validation, validate
+from qlora_train.model.causal import CausalModel
+from qlora_train.recipe.schema import EvalSection
+
+
+@dataclass(frozen=True)
+class StoredAnswer:
+    """One generated answer beside its reference."""
+
+    where: str
+    prompt: str
+    reference: str
+    text: str
+    exact_match: float
+    char_similarity: float
+
+
+@dataclass(frozen=True)
+class SideScores:
+    """A model on the held-out rows. `scores` is None where nothing was generated."""
+
+    loss: float  # nats per supervised token
+    perplexity: float
+    num_rows: int
+    num_supervised_tokens: int
+    scores: TaskScores | None
+    answers: tuple[StoredAnswer, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> SideScores:
+        """The inverse of `as_dict`."""
+        scores = TaskScores(**data["scores"]) if data["scores"] else None
+        answers = tuple(StoredAnswer(**entry) for entry in data["answers"])
+        return cls(**{**data, "scores": scores, "answers": answers})
+
+
+def questions_of(split: Split, tokenizer: Any, limit: int) -> list[Question]:
+    """What the first rows of a split ask; rows of plain text ask nothing."""
+    questions = []
+    for row in split.rows:
+        if len(questions) == limit:
+            break
+        if pair := prompt_and_answer(row, tokenizer):
+            questions.append(Question(row.where, pair[0], pair[1], adds_special_tokens(row, tokenizer)))
+    return questions
+
+
+def score_side(
+    causal: CausalModel, tokenizer: Any, split: Split, section: EvalSection, *, validation: Validation | None = None
+) -> SideScores:
+    """Measure the model as it is now. `validation` saves the pass over the rows where its result is known already."""
+    device: torch.device = causal.head.weight_VH.device
+    if validation is None:
+        batches = eval_batches(split.table, section.batch_size, tokenizer.pad_token_id)
+        validation = validate(causal, batches, device)
+    questions = questions_of(split, tokenizer, section.generate_rows)
+    answers = answer(
+        causal.model, tokenizer, questions, max_new_tokens=section.max_new_tokens, batch_size=4 * section.batch_size
+    )
+    return SideScores(
+        loss=validation.loss,
+        perplexity=validation.perplexity,
+        num_rows=validation.num_rows,
+        num_supervised_tokens=validation.num_supervised_tokens,
+        scores=mean_scores(answers) if answers else None,
+        answers=tuple(
+            StoredAnswer(
+                a.question.where, a.question.prompt, a.question.reference, a.text, a.exact_match, a.char_similarity
+            )
+            for a in answers
+        ),
+    )

@@ -1,0 +1,125 @@
+"""Generated answers against reference answers: exact match, first word, character similarity."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Question:
+    """What the model is asked and what the data set answers."""
+
+    where: str
+    prompt: str
+    reference: str
+    add_special_tokens: bool = False  # a rendered chat prompt brings its own
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One generated answer with its scores in [0, 1]."""
+
+    question: Question
+    text: str
+    exact_match: float
+    first_word: float
+    char_similarity: float
+
+
+@dataclass(frozen=True)
+class TaskScores:
+    """Means over all answers."""
+
+    num_answers: int
+    exact_match: float
+    first_word: float
+    char_similarity: float
+
+
+def score(question: Question, text: str) -> Answer:
+    """Compare one answer with its reference, both without surrounding white space.
+
+    char_similarity is difflib's ratio: twice the matching characters over the characters of both.
+
+    >>> score(Question("f:1", "?", "git status"), " git stash\\n").first_word
+    1.0
+    """
+    got, want = text.strip(), question.reference.strip()
+    got_first, want_first = got.split()[:1], want.split()[:1]
+    return Answer(
+        question,
+        text=got,
+        exact_match=float(got == want),
+        first_word=float(got_first == want_first),
+        char_similarity=SequenceMatcher(None, got, want, autojunk=False).ratio(),
+    )
+
+
+def mean_scores(answers: Sequence[Answer]) -> TaskScores:
+    """The mean of each score."""
+    count = max(len(answers), 1)
+    return TaskScores(
+        num_answers=len(answers),
+        exact_match=sum(a.exact_match for a in answers) / count,
+        first_word=sum(a.first_word for a in answers) / count,
+        char_similarity=sum(a.char_similarity for a in answers) / count,
+    )
+
+
+@torch.inference_mode()
+def answer(
+    model: Any, tokenizer: Any, questions: Sequence[Question], *, max_new_tokens: int, batch_size: int
+) -> list[Answer]:
+    """Greedy answers in batches with a KV cache, in the order of the questions; the model's mode is restored.
+
+    Questions of like length meet in a batch. Prompts are padded on the left, with a mask.
+    """
+    order = sorted(range(len(questions)), key=lambda i: len(questions[i].prompt))
+    texts: dict[int, str] = {}
+    was_training = model.training
+    model.eval()
+    try:
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            encoded = encode_prompts(tokenizer, [questions[i] for i in chosen])
+            texts |= dict(zip(chosen, generate_texts(model, tokenizer, encoded, max_new_tokens), strict=True))
+    finally:
+        model.train(was_training)
+    return [score(question, texts[i]) for i, question in enumerate(questions)]
+
+
+def generate_texts(model: Any, tokenizer: Any, encoded: Any, max_new_tokens: int) -> list[str]:
+    """Greedy continuations of a batch of encoded prompts, up to the end token."""
+    output = model.generate(
+        **encoded.to(model.device),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        use_cache=True,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=end_token_ids(model, tokenizer),
+    )
+    new_tokens = output[:, encoded["input_ids"].shape[1] :]
+    return [str(text) for text in tokenizer.batch_decode(new_tokens, skip_special_tokens=True)]
+
+
+def encode_prompts(tokenizer: Any, questions: Sequence[Question]) -> Any:
+    """Left-padded ids and mask, with the special tokens that the rows were trained with."""
+    specials = {question.add_special_tokens for question in questions}
+    assert len(specials) == 1, "chat and plain prompts do not share a batch"
+    prompts = [question.prompt for question in questions]
+    return tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=specials.pop())
+
+
+def end_token_ids(model: Any, tokenizer: Any) -> list[int]:
+    """The tokens that end an answer: the tokenizer's and those of the generation config."""
+    configured = model.generation_config.eos_token_id
+    configured = configured if isinstance(configured, list) else [configured]
+    return sorted({tokenizer.eos_token_id, *(i for i in configured if i is not None)})

@@ -1,0 +1,47 @@
+"""Loss per supervised token on held-out rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from qlora_train.data.loader import MicroBatch
+from qlora_train.model.causal import CausalModel
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Mean negative log-likelihood over supervised tokens, in nats."""
+
+    loss_sum: float
+    num_supervised_tokens: int
+    num_rows: int
+
+    @property
+    def loss(self) -> float:
+        """Nats per supervised token."""
+        return self.loss_sum / self.num_supervised_tokens
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        return math.exp(min(self.loss, 700.0))
+
+
+@torch.inference_mode()
+def validate(causal: CausalModel, batches: Iterable[MicroBatch], device: torch.device) -> Validation:
+    """Run all batches without gradients, in eval mode, and leave the model in the mode it was in."""
+    was_training = causal.model.training
+    causal.model.eval()
+    loss_sum, num_tokens, num_rows = 0.0, 0, 0
+    try:
+        for batch in batches:
+            loss_sum += float(causal.loss_sum(batch.to(device)))
+            num_tokens += batch.num_supervised_tokens
+            num_rows += len(batch.row_ids)
+    finally:
+        causal.model.train(was_training)
+    return Validation(loss_sum, num_tokens, num_rows)

@@ -1,0 +1,85 @@
+"""A whole export: merge, verify, describe, publish; nothing appears under the target's name before it is accepted."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qlora_train.artifacts import publishing, read_json
+from qlora_train.errors import MachineError, ModelError, RecipeError
+from qlora_train.export.card import figures, model_card
+from qlora_train.export.merge import merge_to
+from qlora_train.export.verify import Verdict, verify
+from qlora_train.model.load import Base
+from qlora_train.model.trained import FinishedRun, load_trained
+from qlora_train.recipe.schema import Recipe
+
+_CONFIG_FILES = ("config.json", "generation_config.json")
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """A published export."""
+
+    folder: Path
+    verdict: Verdict
+    num_modules: int
+    num_bytes: int
+
+
+def run_export(run: FinishedRun, target: Path) -> ExportResult:
+    """Merge a run's adapter and publish it as `target`; see `api.export` for what it raises."""
+    if target.exists():
+        raise RecipeError(f"{target} exists already", fix="remove it or choose another folder; it was not touched")
+    _check_disk(run, target)
+    source = run.source()
+    audit = read_json(run.run_dir.data)
+    with publishing(target, manifest={"base_digest": run.base_print.digest}) as folder:
+        rows = merge_to(folder, run, source)
+        trained = load_trained(run)
+        _write_configs(folder, run.recipe, trained.base)
+        trained.tokenizer.save_pretrained(str(folder))
+        verdict = verify(trained, folder)
+        if not verdict.accepted:
+            raise ModelError(
+                f"the merged model is not the trained one: KL {verdict.merged.mean_kl:.3g} nats per token is "
+                f"{verdict.kl_frac:.2%} of the adapter's own effect ({verdict.adapter_off.mean_kl:.3g})",
+                fix="export with export.export_dtype=float32; nothing was published",
+            )
+        (folder / "README.md").write_text(model_card(target.name, run, verdict, audit), encoding="utf-8")
+        (folder / "export.json").write_text(json.dumps(figures(run, verdict, rows), indent=1), encoding="utf-8")
+    num_bytes = sum(path.stat().st_size for path in target.iterdir())
+    return ExportResult(target, verdict, len(rows), num_bytes)
+
+
+def _check_disk(run: FinishedRun, target: Path) -> None:
+    """Refuse before any work when the weights cannot fit."""
+    width = {"float32": 4}.get(run.recipe.export.export_dtype, 2)
+    needed = 0
+    for tensor in run.base_print.tensors.values():
+        count = 1
+        for size in tensor.shape:
+            count *= size
+        needed += count * width
+    folder = next(p for p in target.absolute().parents if p.exists())
+    if (free := shutil.disk_usage(folder).free) < needed:
+        raise MachineError(
+            f"{target} needs {needed / 2**30:.2f} GiB, {folder} has {free / 2**30:.2f} GiB free", fix="free space"
+        )
+
+
+def _write_configs(folder: Path, recipe: Recipe, base: Base) -> None:
+    """The base's own config, saying the dtype of these weights; its generation config as it is."""
+    for name in _CONFIG_FILES:
+        path = base.source.folder / name
+        if not path.is_file():
+            continue
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if name == "config.json":
+            config.pop("torch_dtype", None)
+            config.pop("_name_or_path", None)
+            config["dtype"] = recipe.export.export_dtype
+        (folder / name).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,135 @@
+"""Load the base straight into 4 bit, always explicit about every dtype and quant type, and read back what was loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.quantizers.auto import register_quantizer
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+
+from qlora_train.errors import MachineError, ModelError
+from qlora_train.model.skeleton import build_skeleton, check_shapes, head_name, load_config
+from qlora_train.model.source import Source
+from qlora_train.quant.bnb import QuantSettings, forbid_cpu_repacking, linear4bit_modules, set_compute_dtype, settings_of
+from qlora_train.quant.fingerprint import BasePrint, print_base
+from qlora_train.recipe.schema import QuantSection
+
+_QUANT_METHOD = "qlora_train_bnb"
+
+
+class _Bnb4bitConfig(BitsAndBytesConfig):
+    """transformers' config plus the block size, which transformers 5.23 has no key for."""
+
+    def __init__(self, block_size: int, **kwargs: Any) -> None:
+        super().__init__(load_in_4bit=True, **kwargs)
+        self.block_size = block_size
+        self.quant_method = _QUANT_METHOD
+
+
+@register_quantizer(_QUANT_METHOD)
+class _Bnb4bitQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
+    """transformers' 4-bit quantiser; sets the block size on the layers before their weights arrive."""
+
+    def _process_model_before_weight_loading(self, model: Any, device_map: Any, **kwargs: Any) -> None:
+        super()._process_model_before_weight_loading(model, device_map, **kwargs)
+        for _, module in linear4bit_modules(model):
+            module.weight.blocksize = self.quantization_config.block_size
+
+
+@dataclass(frozen=True)
+class Base:
+    """The frozen base on its device, with the fingerprint taken as it was loaded."""
+
+    model: Any  # transformers.PreTrainedModel
+    source: Source
+    print: BasePrint
+    device: torch.device
+    compute_dtype: torch.dtype
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is cuda where there is one. MachineError when cuda is asked for and absent."""
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise MachineError("model.device is cuda, but torch sees no CUDA device", fix="set model.device: auto or cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def load_base(source: Source, quant: QuantSection, compute_dtype: torch.dtype, device: torch.device) -> Base:
+    """Load, freeze and fingerprint the base. Each weight is quantised as it arrives: no 16-bit copy of the model exists.
+
+    Raises ModelError when weights are missing, unreadable, not finite, or were not quantised as the recipe says.
+    """
+    config = load_config(source)
+    skeleton = build_skeleton(config)
+    quantised = quant.quant_type != "none"
+    if quantised:
+        check_shapes(skeleton, device)
+    kwargs: dict[str, Any] = {"dtype": compute_dtype, "device_map": {"": device}, "trust_remote_code": False}
+    if quantised:
+        kwargs["quantization_config"] = _Bnb4bitConfig(
+            quant.block_size,
+            bnb_4bit_quant_type=quant.quant_type,
+            bnb_4bit_use_double_quant=quant.double_quant,
+            bnb_4bit_compute_dtype=compute_dtype,
+            bnb_4bit_quant_storage=getattr(torch, quant.storage_dtype),
+            llm_int8_skip_modules=[head_name(skeleton), *quant.skip_modules],
+        )
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            str(source.folder), config=config, use_safetensors=True, output_loading_info=True, **kwargs
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"{source.name}: the weights do not load: {error}", fix="download the model again") from error
+    _check_complete(source, info)
+    forbid_cpu_repacking(model)
+    set_compute_dtype(model, compute_dtype)
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    base_print = print_base(model)
+    _check_print(source, base_print, quant if quantised else None)
+    return Base(model, source, base_print, device, compute_dtype)
+
+
+def _check_complete(source: Source, info: dict[str, Any]) -> None:
+    """transformers fills tensors that a file lacks with random numbers and goes on; we do not."""
+    for key, what in (("missing_keys", "lacks"), ("mismatched_keys", "has other shapes for")):
+        if names := sorted(str(name) for name in info.get(key) or ()):
+            raise ModelError(
+                f"{source.name} {what} {len(names)} tensors, first {names[0]}", fix="download the model again, whole"
+            )
+
+
+def _check_print(source: Source, base_print: BasePrint, quant: QuantSection | None) -> None:
+    if bad := [name for name, tensor in base_print.tensors.items() if not tensor.finite]:
+        raise ModelError(
+            f"{source.name}: {len(bad)} tensors hold NaN or infinity, first {bad[0]}", fix="download the model again"
+        )
+    if quant is None:
+        return
+    wanted = QuantSettings(quant.quant_type, quant.double_quant, quant.block_size, quant.storage_dtype)
+    if base_print.quant != wanted.__dict__:
+        raise ModelError(f"{source.name} was loaded as {base_print.quant or 'not quantised'}, not {wanted}", fix="report this")
+
+
+def quantised_names(model: nn.Module) -> set[str]:
+    """Names of the 4-bit weights of a bare (adapterless) model."""
+    return {f"{name}.weight" for name, _ in linear4bit_modules(model)}
+
+
+def to_float32(model: nn.Module) -> None:
+    """Compute in float32 with the very weights that were loaded: the others upcast exactly, 4-bit codes untouched."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_floating_point() and not hasattr(parameter, "quant_state"):
+                setattr(module, name, nn.Parameter(parameter.detach().float(), requires_grad=parameter.requires_grad))
+    set_compute_dtype(model, torch.float32)
+
+
+__all__ = ["Base", "load_base", "quantised_names", "resolve_device", "settings_of", "to_float32"]

@@ -1,0 +1,122 @@
+"""The model without its weights: enough to know its layers, its size and its limits before anything is downloaded."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from qlora_train.errors import ModelError
+from qlora_train.model.source import Source
+from qlora_train.quant.bnb import CPU_IN_FEATURES_MULTIPLE
+
+
+def load_config(source: Source) -> Any:
+    """The model's transformers config."""
+    try:
+        return AutoConfig.from_pretrained(str(source.folder), trust_remote_code=False)
+    except (ValueError, KeyError, OSError) as error:
+        raise ModelError(f"{source.name}: config.json is not usable: {error}", fix="use a complete model folder") from error
+
+
+def load_tokenizer(source: Source, chat_template: Path | None = None) -> Any:
+    """The model's fast tokenizer, with the recipe's chat template in place of its own where one is given."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(source.folder), trust_remote_code=False)
+    except (ValueError, KeyError, OSError) as error:
+        raise ModelError(
+            f"{source.name}: the tokenizer does not load: {str(error).splitlines()[0]}",
+            fix="add the model's tokenizer.json and tokenizer_config.json",
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"{source.name}: the tokenizer has no end token", fix="set eos_token in tokenizer_config.json")
+    if tokenizer.pad_token_id is None:
+        # Only a value to fill the matrix with: labels are masked by position, so any id serves.
+        tokenizer.pad_token = tokenizer.eos_token
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
+    return tokenizer
+
+
+def build_skeleton(config: Any) -> nn.Module:
+    """The model on the meta device: every module, no memory."""
+    try:
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except ValueError as error:
+        raise ModelError(
+            f"transformers has no causal language model for model_type {config.model_type!r}", fix="use a decoder model"
+        ) from error
+    return model
+
+
+def head_name(model: nn.Module) -> str:
+    """The dotted name of the output head."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    return next((name for name, module in model.named_modules() if module is head), "lm_head")
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """Every linear layer but the head, by name. 4-bit layers are linear layers too."""
+    head = head_name(model)
+    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != head}
+
+
+def name_table(names: Iterable[str]) -> dict[str, int]:
+    """How often each last name occurs among dotted names: {"q_proj": 30, ...}."""
+    return dict(Counter(name.rpartition(".")[2] for name in names))
+
+
+def check_targets(model: nn.Module, target_modules: str | tuple[str, ...]) -> None:
+    """Every named target must match a linear layer; ModelError names all that do not, with the nearest names."""
+    layers = linear_layers(model)
+    if not layers:
+        raise ModelError("the model has no linear layer to adapt", fix="use a transformer with nn.Linear layers")
+    if isinstance(target_modules, str):
+        return
+    counts = name_table(layers)
+    missing = [t for t in target_modules if not any(n == t or n.endswith("." + t) for n in layers)]
+    if missing:
+        near = {t: get_close_matches(t, counts, n=2, cutoff=0.5) or list(counts) for t in missing}
+        what = "; ".join(f"{t!r} matches no linear layer, nearest: {', '.join(near[t])}" for t in missing)
+        known = ", ".join(f"{name} ({count} layers)" for name, count in counts.items())
+        raise ModelError(f"adapter.target_modules: {what}", fix=f"this model has {known}; or write all-linear")
+
+
+def check_shapes(model: nn.Module, device: torch.device) -> None:
+    """Refuse on a CPU the widths that bitsandbytes dequantises wrongly there (see quant/bnb.py)."""
+    if device.type != "cpu":
+        return
+    bad = {n: m.in_features for n, m in linear_layers(model).items() if m.in_features % CPU_IN_FEATURES_MULTIPLE}
+    if bad:
+        name, width = next(iter(bad.items()))
+        raise ModelError(
+            f"{len(bad)} linear layers have an input width that is no multiple of {CPU_IN_FEATURES_MULTIPLE}, "
+            f"first {name} with {width}: bitsandbytes gives wrong values for them on a CPU",
+            fix="train on a CUDA device, or set quant.quant_type: none",
+        )
+
+
+def check_vocabulary(tokenizer: Any, config: Any) -> None:
+    """No token id may lie outside the embedding."""
+    vocab_size = config.get_text_config().vocab_size
+    if len(tokenizer) > vocab_size:
+        raise ModelError(
+            f"the tokenizer has {len(tokenizer):,} tokens, the model's embedding {vocab_size:,} rows",
+            fix="use the tokenizer that belongs to the model",
+        )
+
+
+def check_length(config: Any, seq_len: int) -> None:
+    """No row may be longer than the positions that the model knows."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if limit and seq_len > limit:
+        raise ModelError(
+            f"data.seq_len is {seq_len:,}, the model knows {limit:,} positions", fix=f"set data.seq_len to {limit} or less"
+        )

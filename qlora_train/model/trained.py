@@ -1,0 +1,88 @@
+"""Loading again what a run trained: the same base, proven by its fingerprint, with the adapter on it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from qlora_train.adapters.attach import load_adapter
+from qlora_train.artifacts import RunDir, read_json
+from qlora_train.errors import ModelError
+from qlora_train.model.load import Base, load_base, resolve_device
+from qlora_train.model.skeleton import load_tokenizer
+from qlora_train.model.source import Source, resolve_source
+from qlora_train.quant.fingerprint import BasePrint
+from qlora_train.recipe.load import load_resolved, with_overrides
+from qlora_train.recipe.schema import Recipe
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """What a run folder says of itself, without any weights."""
+
+    run_dir: RunDir
+    recipe: Recipe
+    base_print: BasePrint
+
+    def source(self) -> Source:
+        """The base's folder."""
+        return resolve_source(self.recipe.model)
+
+    def tokenizer(self, source: Source) -> Any:
+        """The tokenizer with the chat template that was trained with."""
+        return load_tokenizer(source, self.recipe.model.chat_template)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run's base and adapter on the device."""
+
+    run: FinishedRun
+    base: Base
+    model: PeftModel
+    tokenizer: Any
+
+
+def open_run(folder: Path, overrides: Sequence[str] = (), *, sections: Sequence[str] = ()) -> FinishedRun:
+    """Read a run folder that holds an adapter; `overrides` may change keys of `sections` in its recipe.
+
+    ModelError when it is no run folder or the run did not end, RecipeError for an override that is out of place.
+    """
+    run_dir = RunDir(folder)
+    if not run_dir.recipe.is_file():
+        raise ModelError(f"{folder} is not a run folder: it holds no {run_dir.recipe.name}", fix="name the recipe's run.dir")
+    if not run_dir.adapter.is_dir():
+        raise ModelError(f"{folder} holds no finished adapter yet", fix="finish it: qlora-train train RECIPE --resume")
+    recipe = with_overrides(load_resolved(run_dir.recipe), overrides, sections)
+    return FinishedRun(run_dir, recipe, BasePrint.from_dict(read_json(run_dir.base)))
+
+
+def load_trained(run: FinishedRun) -> Trained:
+    """Load base and adapter as they were trained. ModelError when the base is not the one that was trained on."""
+    source = run.source()
+    recipe = run.recipe
+    base = load_base(
+        source, recipe.quant, getattr(torch, recipe.model.compute_dtype), resolve_device(recipe.model.device)
+    )
+    refuse_other_base(run.base_print, base.print)
+    model = load_adapter(base.model, run.run_dir.adapter)
+    model.eval()
+    return Trained(run, base, model, run.tokenizer(source))
+
+
+def refuse_other_base(trained_on: BasePrint, here: BasePrint) -> None:
+    """ModelError naming the first differing tensor when a base is not the one an adapter was trained on."""
+    if trained_on.digest == here.digest:
+        return
+    names = sorted(set(trained_on.tensors) | set(here.tensors))
+    differing = [n for n in names if trained_on.tensors.get(n) != here.tensors.get(n)]
+    raise ModelError(
+        f"the adapter was trained on base {trained_on.digest[:16]}, this base is {here.digest[:16]}: "
+        f"{len(differing)} of {len(names)} tensors differ, first {differing[0] if differing else names[0]}",
+        fix="use the very model, quantisation and kind of device of the run (quantisers may differ between CPU and GPU)",
+    )

@@ -1,0 +1,108 @@
+"""The only module that calls bitsandbytes' 4-bit functions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import bitsandbytes as bnb
+import torch
+from torch import Tensor, nn
+
+Linear4bit = bnb.nn.Linear4bit
+Params4bit = bnb.nn.Params4bit
+
+# bitsandbytes 0.50.2's AVX-512 dequantisation reads one absmax per row segment and is wrong where a block straddles
+# two rows (csrc/cpu_ops.cpp; the ARM path has the guard). Delete when a fixed version is the minimum.
+CPU_IN_FEATURES_MULTIPLE = 64
+
+
+@dataclass(frozen=True)
+class QuantSettings:
+    """How a weight is quantised: enough, with the weight itself, to get the same codes again."""
+
+    quant_type: str
+    double_quant: bool
+    block_size: int
+    storage_dtype: str
+
+
+def linear4bit_modules(model: nn.Module) -> Iterator[tuple[str, Linear4bit]]:
+    """Every 4-bit linear layer with its dotted name."""
+    for name, module in model.named_modules():
+        if isinstance(module, Linear4bit):
+            yield name, module
+
+
+def forbid_cpu_repacking(model: nn.Module) -> None:
+    """Keep every 4-bit layer in the training layout for ever.
+
+    On CPUs with AVX512-BF16, bitsandbytes 0.50.2 repacks a weight in place at the first forward in eval mode
+    (nn/modules.py, `Linear4bit.forward`). From then on gradients through the layer are missing, without an error, and
+    `dequantize_4bit` returns garbage (bitsandbytes issue 2078, pull request 2083). Held by
+    tests/numerics/test_cpu_repacking.py. Delete when the minimum version no longer repacks what it trains.
+    """
+    for _, module in linear4bit_modules(model):
+        module.support_avx512bf16_for_cpu = False
+
+
+def settings_of(weight: Params4bit) -> QuantSettings:
+    """What the loaded weight says of itself, read back from its `quant_state`."""
+    state = weight.quant_state
+    return QuantSettings(
+        quant_type=state.quant_type,
+        double_quant=bool(state.nested),
+        block_size=int(state.blocksize),
+        storage_dtype=str(weight.quant_storage).removeprefix("torch."),
+    )
+
+
+def quantize(weight_OI: Tensor, settings: QuantSettings) -> Params4bit:
+    """Quantise one weight on the device where it lies, by the routine that loading uses, so the codes are equal."""
+    weight = Params4bit(
+        weight_OI,
+        requires_grad=False,
+        blocksize=settings.block_size,
+        compress_statistics=settings.double_quant,
+        quant_type=settings.quant_type,
+        quant_storage=getattr(torch, settings.storage_dtype),
+    )
+    return weight.to(weight_OI.device)
+
+
+def dequantize(weight: Params4bit) -> Tensor:
+    """The float32 weight (O, I) that the 4-bit layer computes with: code[index] * absmax, before any rounding.
+
+    Raises RuntimeError when bitsandbytes has repacked the weight for CPU inference: its values are lost then.
+    """
+    state = weight.quant_state
+    if getattr(state, "packing_format_for_cpu", False):
+        raise RuntimeError("a 4-bit weight was repacked for CPU inference: forbid_cpu_repacking() was not called")
+    absmax = state.absmax
+    if state.nested:
+        absmax = bnb.functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+    return torch.ops.bitsandbytes.dequantize_4bit.default(
+        weight.data.view(torch.uint8).view(-1, 1),
+        absmax.to(torch.float32),
+        state.blocksize,
+        state.quant_type,
+        state.shape,
+        torch.float32,
+    )
+
+
+def packed_parts(weight: Params4bit) -> dict[str, Tensor]:
+    """The stored tensors of a 4-bit weight: packed codes, absmax, and with double quantisation absmax's own statistics."""
+    state = weight.quant_state
+    parts = {"codes": weight.data, "absmax": state.absmax}
+    if state.nested:
+        parts |= {"absmax_of_absmax": state.state2.absmax, "offset": state.offset}
+    return parts
+
+
+def set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:
+    """Make every 4-bit layer compute, forward and backward, in `dtype`; the codes stay as they are."""
+    for _, module in linear4bit_modules(model):
+        module.compute_dtype = dtype
+        module.compute_type_is_set = True
+        module.weight.quant_state.dtype = dtype

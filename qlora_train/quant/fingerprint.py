@@ -1,0 +1,106 @@
+"""What exactly the base was: one SHA-256 per tensor, of the packed codes and absmax where it is quantised."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from qlora_train.quant.bnb import Params4bit, packed_parts, settings_of
+
+
+@dataclass(frozen=True)
+class TensorPrint:
+    """One tensor of the base as it was loaded."""
+
+    sha256: str
+    shape: tuple[int, ...]
+    dtype: str  # of the stored tensor; for a quantised one its quant_type
+    num_bytes: int
+    quantised: bool
+    finite: bool
+
+
+@dataclass(frozen=True)
+class BasePrint:
+    """All tensors of the base by name; `digest` stands for the whole."""
+
+    tensors: dict[str, TensorPrint]
+    quant: dict[str, object]  # settings read back from the loaded weights; empty for an unquantised base
+
+    @property
+    def digest(self) -> str:
+        """One SHA-256 over all names and tensor digests, in the order of the names."""
+        lines = "\n".join(f"{name} {self.tensors[name].sha256}" for name in sorted(self.tensors))
+        return hashlib.sha256(lines.encode()).hexdigest()
+
+    def as_dict(self) -> dict[str, object]:
+        """Plain data for JSON."""
+        return {"digest": self.digest, "quant": self.quant, "tensors": {k: asdict(v) for k, v in self.tensors.items()}}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, object]) -> BasePrint:
+        """The inverse of `as_dict`."""
+        tensors: dict[str, dict[str, object]] = json.loads(json.dumps(data["tensors"]))
+        prints = {k: TensorPrint(**{**v, "shape": tuple(v["shape"])}) for k, v in tensors.items()}  # type: ignore[arg-type]
+        return cls(prints, dict(data["quant"]))  # type: ignore[call-overload]
+
+
+def hash_tensors(*tensors: Tensor) -> str:
+    """SHA-256 over shapes, dtypes and raw bytes, wherever the tensors lie."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        flat = tensor.detach().contiguous().cpu()
+        digest.update(f"{tuple(flat.shape)} {flat.dtype} ".encode())
+        digest.update(flat.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def print_tensor(tensor: Tensor) -> TensorPrint:
+    """The fingerprint of one parameter. `finite` looks at absmax where the weight is quantised: NaN spreads to it."""
+    if isinstance(tensor, Params4bit) and tensor.quant_state is not None:
+        parts = packed_parts(tensor)
+        finite = all(bool(torch.isfinite(p).all()) for p in parts.values() if p.is_floating_point() and p is not tensor)
+        return TensorPrint(
+            sha256=hash_tensors(*parts.values()),
+            shape=tuple(tensor.quant_state.shape),
+            dtype=tensor.quant_state.quant_type,
+            num_bytes=sum(p.numel() * p.element_size() for p in parts.values()),
+            quantised=True,
+            finite=finite,
+        )
+    return TensorPrint(
+        sha256=hash_tensors(tensor),
+        shape=tuple(tensor.shape),
+        dtype=str(tensor.dtype).removeprefix("torch."),
+        num_bytes=tensor.numel() * tensor.element_size(),
+        quantised=False,
+        finite=bool(torch.isfinite(tensor).all()) if tensor.is_floating_point() else True,
+    )
+
+
+def base_parameter_name(name: str) -> str | None:
+    """The base's own name of a parameter, with PEFT's wrapping undone; None for an adapter's parameter.
+
+    >>> base_parameter_name("base_model.model.model.layers.0.mlp.up_proj.base_layer.weight")
+    'model.layers.0.mlp.up_proj.weight'
+    """
+    if ".lora_" in name:
+        return None
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+
+
+def print_base(model: nn.Module) -> BasePrint:
+    """Fingerprint every tensor of the frozen base, with or without an adapter on it. Reads every byte once."""
+    tensors: dict[str, TensorPrint] = {}
+    quant: dict[str, object] = {}
+    for full_name, parameter in model.named_parameters():
+        if (name := base_parameter_name(full_name)) is None:
+            continue
+        tensors[name] = print_tensor(parameter)
+        if not quant and isinstance(parameter, Params4bit):
+            quant = asdict(settings_of(parameter))
+    return BasePrint(tensors, quant)

@@ -1,0 +1,125 @@
+"""pydantic's errors in our words: the value as written, what is allowed, and what to do about it."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Iterator, Mapping
+from functools import cache
+from typing import Any, Protocol, cast
+
+from pydantic_core import ErrorDetails
+
+from qlora_train.errors import Problem
+from qlora_train.recipe.reader import Node, Unusable, dump_value
+from qlora_train.recipe.schema import Recipe, Section
+from qlora_train.recipe.validate import nearest
+
+_RANGE_ERRORS = {"greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number"}
+
+
+class Given(Protocol):
+    """A value that somebody wrote, and how its place is shown."""
+
+    @property
+    def value(self) -> Node: ...
+
+    def at(self, node: Node) -> str: ...
+
+
+@cache
+def shapes_of(section: str) -> dict[str, dict[str, Any]]:
+    """JSON schema of every key of a section."""
+    properties: dict[str, dict[str, Any]] = section_model(section).model_json_schema()["properties"]
+    return properties
+
+
+def section_model(section: str) -> type[Section]:
+    return cast(type[Section], Recipe.model_fields[section].annotation)
+
+
+def explain(
+    section: str, given: Mapping[str, Given], errors: list[ErrorDetails], meant: Collection[str], where: str
+) -> Iterator[Problem]:
+    """pydantic's errors in our words: one for each key, or for each wrong element of a list."""
+    by_key: dict[str, list[ErrorDetails]] = {}
+    for error in errors:
+        by_key.setdefault(str(error["loc"][0]), []).append(error)
+    for key, of_key in by_key.items():
+        shape, dotted = shapes_of(section)[key], f"{section}.{key}"
+        if key not in given:
+            if dotted not in meant:
+                fix = f"add `{key}:` below `{section}:`. {shape.get('description', '')}"
+                yield Problem(f"{dotted}: missing", fix, where)
+            continue
+        setting = given[key]
+        items = setting.value.value
+        inner = {error["loc"][-1]: error for error in of_key if isinstance(error["loc"][-1], int)}
+        if isinstance(items, list) and inner:
+            array = next(option for option in shape.get("anyOf", [shape]) if option.get("type") == "array")
+            for index, error in inner.items():
+                item = items[index]
+                yield _value_problem(f"{dotted}[{index}]", array["items"], item, error, setting.at(item))
+        else:
+            yield _value_problem(dotted, shape, setting.value, of_key[0], setting.at(setting.value))
+
+
+def _value_problem(dotted: str, shape: Mapping[str, Any], node: Node, error: ErrorDetails, where: str) -> Problem:
+    value, seen = node.value, error["input"]
+    if isinstance(seen, Unusable) and seen.fix:
+        return Problem(f"{dotted}: {node.shown} {seen.reason}", seen.fix, where)
+    fix = f"give {_words(shape, largest=math.inf if error['type'].startswith('less') else 1e6)}"
+    if value is None and "default" in shape:
+        fix += f", or leave the key out for its default, {dump_value(shape['default'])}"
+    elif isinstance(value, str):
+        allowed = [str(name) for option in shape.get("anyOf", [shape]) for name in _allowed(option)]
+        close = nearest(value, allowed)
+        fix = f"did you mean {close[0]}? {fix[0].upper()}{fix[1:]}" if close else fix
+        number = _is_number(shape) and re.fullmatch(r"0*(\d[\d_]{0,15})", value)
+        fix += f", such as {number[1].replace('_', '')} (no quotes, leading zeros or _)" if number else ""
+    elif isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
+        fix += f"; write {int(value)}"
+    if error["type"] in _RANGE_ERRORS:
+        return Problem(f"{dotted}: {node.shown} is out of range", fix, where)
+    if error["type"] in ("too_short", "string_too_short"):
+        return Problem(f"{dotted}: {node.shown} is empty", fix, where)
+    return Problem(f"{dotted}: {node.shown} is not {_words(shape, largest=-math.inf)}", fix, where)
+
+
+def _is_number(shape: Mapping[str, Any]) -> bool:
+    return any(option.get("type") in ("integer", "number") for option in shape.get("anyOf", [shape]))
+
+
+def _allowed(option: Mapping[str, Any]) -> list[object]:
+    return cast(list[object], option.get("enum", [option["const"]] if "const" in option else []))
+
+
+def _words(shape: Mapping[str, Any], largest: float) -> str:
+    """A JSON schema in words, bounds up to `largest` included: `a whole number from 1 to 4096, or null`."""
+    if "anyOf" in shape:
+        return ", or ".join(_words(option, largest) for option in shape["anyOf"])
+    if allowed := _allowed(shape):
+        return ("one of " if len(allowed) > 1 else "") + ", ".join(map(str, allowed))
+    match shape.get("type"):
+        case "array":
+            plural = "paths" if shape["items"].get("format") == "path" else "strings"
+            return f"a list of {'one or more ' if shape.get('minItems') else ''}{plural}"
+        case "integer" | "number" as kind:
+            return _number_words(shape, largest, whole=kind == "integer")
+        case "boolean":
+            return "true or false"
+        case "null":
+            return "null"
+    return "a path" if shape.get("format") == "path" else "a string"
+
+
+def _number_words(shape: Mapping[str, Any], largest: float, *, whole: bool) -> str:
+    bounds = []
+    if "exclusiveMinimum" in shape:
+        low = shape["exclusiveMinimum"]
+        bounds.append((low, f"of at least {low + 1:.15g}" if whole else f"above {low:.15g}"))
+    for key, words in (("minimum", "of at least"), ("maximum", "at most"), ("exclusiveMaximum", "below")):
+        if key in shape:
+            bounds.append((shape[key], f"{words} {shape[key]:.15g}"))
+    shown = " and ".join(words for bound, words in bounds if bound <= largest)
+    return f"a {'whole ' if whole else ''}number {shown}".rstrip()

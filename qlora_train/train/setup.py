@@ -1,0 +1,119 @@
+"""From a recipe to the loop's job: data first, then the base in 4 bit, then the adapter; each checked before the next."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from qlora_train.adapters.attach import AdapterFacts, adapter_facts, attach_adapter
+from qlora_train.artifacts import RunDir
+from qlora_train.data.loader import Loader
+from qlora_train.data.split import Split, load_split
+from qlora_train.errors import MachineError
+from qlora_train.model.causal import CausalModel
+from qlora_train.model.load import Base, load_base, resolve_device
+from qlora_train.model.skeleton import build_skeleton, check_length, check_targets, check_vocabulary, load_config, load_tokenizer
+from qlora_train.model.source import Source, resolve_source
+from qlora_train.recipe.schema import Recipe
+from qlora_train.train.loop import Job
+from qlora_train.train.metrics import Reporter
+from qlora_train.train.optim import build_optimizer
+from qlora_train.train.state import Binding, trajectory_keys
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What can be known without weights: checked by `qlora-train check`, and by training before anything is loaded."""
+
+    source: Source
+    config: Any
+    tokenizer: Any
+    skeleton: torch.nn.Module
+    train: Split
+    eval: Split | None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A job, and the facts about it that the run folder keeps."""
+
+    inputs: Inputs
+    base: Base
+    facts: AdapterFacts
+    job: Job
+
+
+def refuse_many_processes() -> None:
+    """One process for now: several would each train the whole set and overwrite each other."""
+    if (count := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise MachineError(f"WORLD_SIZE is {count}: training uses one process", fix="start it without torchrun")
+
+
+def load_inputs(recipe: Recipe, *, weights: bool = True) -> Inputs:
+    """Config, tokenizer and data, checked against each other and the recipe."""
+    source = resolve_source(recipe.model, weights=weights)
+    config = load_config(source)
+    check_length(config, recipe.data.seq_len)
+    tokenizer = load_tokenizer(source, recipe.model.chat_template)
+    check_vocabulary(tokenizer, config)
+    skeleton = build_skeleton(config)
+    check_targets(skeleton, recipe.adapter.target_modules)
+    train = load_split(recipe.data, "train", tokenizer, recipe.run.seed)
+    held_out = load_split(recipe.data, "eval", tokenizer, recipe.run.seed) if recipe.data.eval else None
+    return Inputs(source, config, tokenizer, skeleton, train, held_out)
+
+
+def prepare(recipe: Recipe, run_dir: RunDir, reporter: Reporter) -> Prepared:
+    """Load everything. Nothing is written."""
+    refuse_many_processes()
+    inputs = load_inputs(recipe)
+    for split in (inputs.train, inputs.eval):
+        if split is not None:
+            reporter.message(split.audit.summary())
+    device = resolve_device(recipe.model.device)
+    base = load_base(inputs.source, recipe.quant, getattr(torch, recipe.model.compute_dtype), device)
+    CausalModel(base.model).check_head()
+    model = attach_adapter(base.model, recipe.adapter, recipe.run.seed, base_name=inputs.source.name)
+    if recipe.train.checkpointing == "full":
+        base.model.gradient_checkpointing_enable({"use_reentrant": False})
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
+    loader = Loader(
+        inputs.train.table,
+        recipe.data.batching,
+        recipe.train.micro_batch_size,
+        recipe.train.grad_accum_steps,
+        inputs.tokenizer.pad_token_id,
+        recipe.run.seed,
+    )
+    job = Job(
+        recipe=recipe,
+        run_dir=run_dir,
+        causal=CausalModel(model),
+        model=model,
+        optimizer=build_optimizer(model, recipe.train),
+        accelerator=accelerator,
+        loader=loader,
+        eval_table=inputs.eval.table if inputs.eval else None,
+        pad_token_id=inputs.tokenizer.pad_token_id,
+        binding=_binding(recipe, inputs, base),
+        reporter=reporter,
+    )
+    return Prepared(inputs, base, adapter_facts(model), job)
+
+
+def _binding(recipe: Recipe, inputs: Inputs, base: Base) -> Binding:
+    """What a checkpoint of this run belongs to. The token table holds all that the files, the template and the
+    tokenizer did to the rows; the template's own hash is for the message."""
+    template = json.dumps([inputs.tokenizer.chat_template, len(inputs.tokenizer), inputs.tokenizer.eos_token_id])
+    return Binding(
+        base=base.print.digest,
+        data=inputs.train.table.fingerprint(),
+        template=hashlib.sha256(template.encode()).hexdigest(),
+        recipe=trajectory_keys(recipe),
+    )
