@@ -30,7 +30,18 @@ from qlora_train.train.metrics import Reporter, Silent
 from qlora_train.train.run import TrainResult, run_training
 from qlora_train.train.setup import load_inputs
 
-__all__ = ["ChatSession", "ExportResult", "LoadedRecipe", "TrainResult", "check", "env", "evaluate", "export", "open_chat", "train"]
+__all__ = [
+    "ChatSession",
+    "ExportResult",
+    "LoadedRecipe",
+    "TrainResult",
+    "check",
+    "env",
+    "evaluate",
+    "export",
+    "open_chat",
+    "train",
+]
 
 PREVIEW_ROWS = 5
 

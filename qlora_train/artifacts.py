@@ -115,7 +115,9 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise MachineError(f"cannot read {path}: {error}", fix="check that the folder is a complete run folder") from error
+        raise MachineError(
+            f"cannot read {path}: {error}", fix="check that the folder is a complete run folder"
+        ) from error
 
 
 def sha256_file(path: Path) -> str:

@@ -17,7 +17,13 @@ class _LinearCrossEntropySum(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, labels_N: Tensor, softcap: float, chunk: int
+        ctx: Any,
+        hidden_NH: Tensor,
+        weight_VH: Tensor,
+        bias_V: Tensor | None,
+        labels_N: Tensor,
+        softcap: float,
+        chunk: int,
     ) -> Tensor:
         loss_sum = torch.zeros((), dtype=torch.float32, device=hidden_NH.device)
         needs_grad = ctx.needs_input_grad[0]

@@ -47,7 +47,9 @@ def attach_adapter(model: nn.Module, section: AdapterSection, seed: int, *, base
             r=section.r,
             lora_alpha=section.alpha,  # type: ignore[arg-type]  # PEFT computes with it and stores it as it is
             lora_dropout=section.dropout,
-            target_modules=section.target_modules if isinstance(section.target_modules, str) else list(section.target_modules),
+            target_modules=section.target_modules
+            if isinstance(section.target_modules, str)
+            else list(section.target_modules),
             use_rslora=METHODS[section.method].use_rslora,
             bias="none",
             task_type="CAUSAL_LM",
@@ -78,7 +80,9 @@ def _continue_from(model: nn.Module, section: AdapterSection) -> PeftModel:
     there = {"r": config.r, "alpha": config.lora_alpha, "rslora": config.use_rslora}
     if differing := [key for key in asked if asked[key] != there[key]]:
         what = ", ".join(f"{key} is {there[key]} there and {asked[key]} here" for key in differing)
-        raise ModelError(f"adapter.init_from: {section.init_from}: {what}", fix="write the adapter's own values in the recipe")
+        raise ModelError(
+            f"adapter.init_from: {section.init_from}: {what}", fix="write the adapter's own values in the recipe"
+        )
     config.lora_dropout = section.dropout
     return load_adapter(model, section.init_from, trainable=True)
 

@@ -63,7 +63,9 @@ def read_adapter_tensors(folder: Path) -> dict[str, Tensor]:
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{path}: {error}", fix="restore the file from another checkpoint") from error
     if bad := [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]:
-        raise ModelError(f"{path}: {len(bad)} tensors hold NaN or infinity, first {bad[0]}", fix="use another checkpoint")
+        raise ModelError(
+            f"{path}: {len(bad)} tensors hold NaN or infinity, first {bad[0]}", fix="use another checkpoint"
+        )
     return tensors
 
 

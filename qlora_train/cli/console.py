@@ -98,5 +98,7 @@ def display() -> Iterator[Reporter]:
     if not sys.stderr.isatty():
         yield LineReporter(console)
         return
-    with Progress(SpinnerColumn(), BarColumn(bar_width=20), TextColumn("{task.description}"), console=console) as progress:
+    with Progress(
+        SpinnerColumn(), BarColumn(bar_width=20), TextColumn("{task.description}"), console=console
+    ) as progress:
         yield LiveReporter(progress)

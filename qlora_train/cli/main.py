@@ -37,7 +37,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JS
 
 
 def _quiet_libraries() -> None:
-    """No telemetry, no progress bars of libraries, no native code fetched at import; set before any of them loads."""
+    """No telemetry, no progress bars of libraries, set before any of them loads."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -78,7 +78,9 @@ def verb(function: Callable[P, None]) -> Callable[P, None]:
 def check(
     recipe: RecipePath,
     overrides: Overrides = None,
-    list_modules: Annotated[bool, typer.Option("--list-modules", help="Show the linear layers that can be adapted.")] = False,
+    list_modules: Annotated[
+        bool, typer.Option("--list-modules", help="Show the linear layers that can be adapted.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Find every mistake in a recipe and its data before anything is loaded, and show rows as they will be trained."""
@@ -95,7 +97,9 @@ def train(
     recipe: RecipePath,
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint that verifies.")] = False,
-    from_step: Annotated[int | None, typer.Option("--from", metavar="STEP", help="With --resume: from this step.")] = None,
+    from_step: Annotated[
+        int | None, typer.Option("--from", metavar="STEP", help="With --resume: from this step.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Train a recipe into its run folder."""
@@ -173,7 +177,9 @@ def env(as_json: AsJson = False) -> None:
 
 
 @app.callback(invoke_without_command=True)
-def version(show_version: Annotated[bool, typer.Option("--version", help="Print the version and end.")] = False) -> None:
+def version(
+    show_version: Annotated[bool, typer.Option("--version", help="Print the version and end.")] = False,
+) -> None:
     """Options before a verb."""
     if show_version:
         print(__version__)

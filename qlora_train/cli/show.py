@@ -55,7 +55,9 @@ def check(result: CheckResult, *, list_modules: bool) -> None:
         for fate in audit.fates[:20]:
             if fate.fate != "not_selected":
                 _console.print(Text(f"  {fate.where}: {fate.fate}: {printable(fate.reason)}"))
-    _console.print(Text(f"{result.num_params / 1e6:,.1f}M parameters; {result.steps_per_epoch:,} optimiser steps per epoch"))
+    _console.print(
+        Text(f"{result.num_params / 1e6:,.1f}M parameters; {result.steps_per_epoch:,} optimiser steps per epoch")
+    )
     if list_modules:
         table = _table("linear layer", "layers")
         for name, count in result.linear_layers.items():
@@ -93,7 +95,12 @@ def sides(base: SideScores, adapter: SideScores) -> None:
     for before, after in list(zip(base.answers, adapter.answers, strict=True))[:SAMPLES]:
         _console.print()
         question = before.prompt.strip().splitlines()
-        rows = (("asked", _question(question)), ("before", before.text), ("after", after.text), ("wanted", after.reference))
+        rows = (
+            ("asked", _question(question)),
+            ("before", before.text),
+            ("after", after.text),
+            ("wanted", after.reference),
+        )
         for label, text in rows:
             _console.print(Text(f"{label:>7}: ", "bold") + Text(_one_line(text)), soft_wrap=True)
 
@@ -145,7 +152,8 @@ def exported(result: ExportResult) -> None:
         )
     )
     _console.print(
-        Text(f"{result.num_modules} layers merged, {result.num_bytes / 2**20:,.0f} MiB: {result.folder}"), soft_wrap=True
+        Text(f"{result.num_modules} layers merged, {result.num_bytes / 2**20:,.0f} MiB: {result.folder}"),
+        soft_wrap=True,
     )
 
 

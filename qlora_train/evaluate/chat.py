@@ -48,7 +48,9 @@ class ChatSession:
         self.model.add_adapter(name, register_layers(config))
         result = set_peft_model_state_dict(self.model, tensors, adapter_name=name)
         if result.unexpected_keys:
-            raise ModelError(f"{folder}: {result.unexpected_keys[0]} fits no layer of this base", fix="use its own base")
+            raise ModelError(
+                f"{folder}: {result.unexpected_keys[0]} fits no layer of this base", fix="use its own base"
+            )
         check_attached(self.model)
         self.adapters[name] = name
 
@@ -80,7 +82,9 @@ class ChatSession:
         plain = self.tokenizer.chat_template is None
         encoded = self.tokenizer(self.prompt(), return_tensors="pt", add_special_tokens=plain).to(self.model.device)
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+        sampling: dict[str, Any] = (
+            {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+        )
         failure: list[BaseException] = []
 
         def work() -> None:

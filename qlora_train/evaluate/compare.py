@@ -66,7 +66,9 @@ def _hidden(causal: CausalModel, batch: MicroBatch) -> Tensor:
 
 @torch.inference_mode()
 def compare(
-    reference: CausalModel, candidates: dict[str, Callable[[MicroBatch], tuple[CausalModel, Tensor]]], batches: Iterable[MicroBatch]
+    reference: CausalModel,
+    candidates: dict[str, Callable[[MicroBatch], tuple[CausalModel, Tensor]]],
+    batches: Iterable[MicroBatch],
 ) -> dict[str, Distance]:
     """Measure candidates against one reference. A candidate maps a batch to (its head's model, hidden states).
 
@@ -82,9 +84,7 @@ def compare(
             candidate_NH = hidden[real]
             for start in range(0, len(labels_N), CHUNK_TOKENS):
                 part = slice(start, start + CHUNK_TOKENS)
-                sums[name].add(
-                    reference.logits(reference_NH[part]), causal.logits(candidate_NH[part]), labels_N[part]
-                )
+                sums[name].add(reference.logits(reference_NH[part]), causal.logits(candidate_NH[part]), labels_N[part])
     return {name: s.distance() for name, s in sums.items()}
 
 

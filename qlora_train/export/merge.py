@@ -71,7 +71,9 @@ def read_deltas(adapter: Path) -> dict[str, Delta]:
             raise ModelError(f"{adapter}: {stem} has lora_A and no lora_B", fix="restore the adapter")
         deltas[f"{stem.removeprefix(_PEFT_PREFIX)}.weight"] = Delta(tensors.pop(name), lora_B, _scaling(config))
     if tensors:
-        raise ModelError(f"{adapter}: {len(tensors)} tensors are no LoRA pair, first {min(tensors)}", fix="restore the adapter")
+        raise ModelError(
+            f"{adapter}: {len(tensors)} tensors are no LoRA pair, first {min(tensors)}", fix="restore the adapter"
+        )
     return deltas
 
 
@@ -98,16 +100,22 @@ class Merger:
         """Every base tensor has a file, every file's tensor a use, every delta a weight of its shape."""
         names = set(self._print.tensors)
         if missing := sorted(names - set(self._files)):
-            raise ModelError(f"{source.folder} lacks {len(missing)} tensors of the base, first {missing[0]}", fix="restore it")
+            raise ModelError(
+                f"{source.folder} lacks {len(missing)} tensors of the base, first {missing[0]}", fix="restore it"
+            )
         for name in sorted(set(self._files) - names):
             # A tied head is stored by some models and tied again on loading; rotary tables are recomputed.
             if not name.endswith(("lm_head.weight", "embed_out.weight", "rotary_emb.inv_freq")):
-                raise ModelError(f"{source.folder}: {name} is no parameter of the trained base", fix="use the base of the run")
+                raise ModelError(
+                    f"{source.folder}: {name} is no parameter of the trained base", fix="use the base of the run"
+                )
             del self._files[name]
         for name, delta in self.deltas.items():
             shape = self._print.tensors[name].shape if name in self._print.tensors else None
             if shape != (delta.lora_B.shape[0], delta.lora_A.shape[1]):
-                raise ModelError(f"the adapter's update of {name} fits no weight of the base", fix="use the base of the run")
+                raise ModelError(
+                    f"the adapter's update of {name} fits no weight of the base", fix="use the base of the run"
+                )
 
     def planned(self) -> list[Planned]:
         """All tensors of the merged model."""
@@ -147,7 +155,8 @@ class Merger:
             stored = quantize(weight.to(self._compute_dtype), self._settings)
         if print_tensor(stored).sha256 != recorded.sha256:
             raise ModelError(
-                f"{name} is not the tensor that was trained on" + (" after quantising it again" if recorded.quantised else ""),
+                f"{name} is not the tensor that was trained on"
+                + (" after quantising it again" if recorded.quantised else ""),
                 fix="export on the kind of device that trained (quantisers may differ), from the same base files",
             )
         return dequantize(stored) if recorded.quantised else stored.float()

@@ -51,7 +51,9 @@ def write_shards(folder: Path, shards: list[list[Planned]], produce: Callable[[s
     Raises MachineError when the disk refuses; ValueError when a produced tensor is not what was planned.
     """
     count = len(shards)
-    names = [f"model-{i:05d}-of-{count:05d}.safetensors" if count > 1 else "model.safetensors" for i in range(1, count + 1)]
+    names = [
+        f"model-{i:05d}-of-{count:05d}.safetensors" if count > 1 else "model.safetensors" for i in range(1, count + 1)
+    ]
     for name, shard in zip(names, shards, strict=True):
         with explained(folder / name):
             _write_shard(folder / name, shard, produce)

@@ -45,7 +45,12 @@ def load_merged(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     """The merged model as any user of transformers gets it. ModelError when a tensor is missing, extra or misshapen."""
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=dtype, device_map={"": device}, output_loading_info=True, trust_remote_code=False
+            str(folder),
+            dtype=dtype,
+            device_map={"": device},
+            output_loading_info=True,
+            use_safetensors=True,
+            trust_remote_code=False,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{folder} does not load: {error}", fix="export again") from error

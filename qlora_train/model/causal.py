@@ -39,7 +39,9 @@ class CausalModel:
         self.decoder: Any = inner.base_model
         output = inner.get_output_embeddings()
         if not isinstance(output, nn.Linear):
-            raise ModelError(f"the output head is a {type(output).__name__}, not a linear layer", fix="use another model")
+            raise ModelError(
+                f"the output head is a {type(output).__name__}, not a linear layer", fix="use another model"
+            )
         softcap = getattr(inner.config.get_text_config(), "final_logit_softcapping", None) or 0.0
         self.head = Head(output.weight, output.bias, float(softcap))
         self._inner = inner

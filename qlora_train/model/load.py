@@ -15,10 +15,12 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from qlora_train.errors import MachineError, ModelError
 from qlora_train.model.skeleton import build_skeleton, check_shapes, head_name, load_config
 from qlora_train.model.source import Source
-from qlora_train.quant.bnb import QuantSettings, forbid_cpu_repacking, linear4bit_modules, set_compute_dtype, settings_of
+from qlora_train.quant.bnb import QuantSettings, forbid_cpu_repacking, linear4bit_modules, set_compute_dtype
 from qlora_train.quant.fingerprint import BasePrint, print_base
-from qlora_train.recipe.schema import QuantSection
+from qlora_train.recipe.schema import QuantSection, Recipe
 
+# Longest row, in tokens, for which eager attention trains faster than sdpa on a CPU and its T x T scores stay small.
+EAGER_CPU_TOKENS = 512
 _QUANT_METHOD = "qlora_train_bnb"
 
 
@@ -61,7 +63,27 @@ def resolve_device(name: str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def load_base(source: Source, quant: QuantSection, compute_dtype: torch.dtype, device: torch.device) -> Base:
+def resolve_attention(name: str, device: torch.device, seq_len: int) -> str:
+    """The attention that `auto` stands for (measured: README.md, "Speed")."""
+    if name != "auto":
+        return name
+    return "eager" if device.type == "cpu" and seq_len <= EAGER_CPU_TOKENS else "sdpa"
+
+
+def load_recipe_base(source: Source, recipe: Recipe) -> Base:
+    """The base as a recipe wants it: for training, and again for evaluation and export."""
+    device = resolve_device(recipe.model.device)
+    attention = resolve_attention(recipe.model.attn_implementation, device, recipe.data.seq_len)
+    return load_base(source, recipe.quant, getattr(torch, recipe.model.compute_dtype), device, attention)
+
+
+def load_base(
+    source: Source,
+    quant: QuantSection,
+    compute_dtype: torch.dtype,
+    device: torch.device,
+    attn_implementation: str = "sdpa",
+) -> Base:
     """Load, freeze and fingerprint the base. Each weight is quantised as it arrives: no 16-bit copy of the model exists.
 
     Raises ModelError when weights are missing, unreadable, not finite, or were not quantised as the recipe says.
@@ -69,9 +91,14 @@ def load_base(source: Source, quant: QuantSection, compute_dtype: torch.dtype, d
     config = load_config(source)
     skeleton = build_skeleton(config)
     quantised = quant.quant_type != "none"
-    if quantised:
-        check_shapes(skeleton, device)
-    kwargs: dict[str, Any] = {"dtype": compute_dtype, "device_map": {"": device}, "trust_remote_code": False}
+    if quantised and device.type == "cpu":
+        check_shapes(skeleton, quant.block_size)
+    kwargs: dict[str, Any] = {
+        "dtype": compute_dtype,
+        "device_map": {"": device},
+        "attn_implementation": attn_implementation,
+        "trust_remote_code": False,
+    }
     if quantised:
         kwargs["quantization_config"] = _Bnb4bitConfig(
             quant.block_size,
@@ -115,12 +142,9 @@ def _check_print(source: Source, base_print: BasePrint, quant: QuantSection | No
         return
     wanted = QuantSettings(quant.quant_type, quant.double_quant, quant.block_size, quant.storage_dtype)
     if base_print.quant != wanted.__dict__:
-        raise ModelError(f"{source.name} was loaded as {base_print.quant or 'not quantised'}, not {wanted}", fix="report this")
-
-
-def quantised_names(model: nn.Module) -> set[str]:
-    """Names of the 4-bit weights of a bare (adapterless) model."""
-    return {f"{name}.weight" for name, _ in linear4bit_modules(model)}
+        raise ModelError(
+            f"{source.name} was loaded as {base_print.quant or 'not quantised'}, not {wanted}", fix="report this"
+        )
 
 
 def to_float32(model: nn.Module) -> None:
@@ -130,6 +154,3 @@ def to_float32(model: nn.Module) -> None:
             if parameter.is_floating_point() and not hasattr(parameter, "quant_state"):
                 setattr(module, name, nn.Parameter(parameter.detach().float(), requires_grad=parameter.requires_grad))
     set_compute_dtype(model, torch.float32)
-
-
-__all__ = ["Base", "load_base", "quantised_names", "resolve_device", "settings_of", "to_float32"]

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from qlora_train.errors import ModelError
 from qlora_train.model.source import Source
-from qlora_train.quant.bnb import CPU_IN_FEATURES_MULTIPLE
+from qlora_train.quant.bnb import cpu_width_multiple
 
 
 def load_config(source: Source) -> Any:
@@ -22,7 +22,9 @@ def load_config(source: Source) -> Any:
     try:
         return AutoConfig.from_pretrained(str(source.folder), trust_remote_code=False)
     except (ValueError, KeyError, OSError) as error:
-        raise ModelError(f"{source.name}: config.json is not usable: {error}", fix="use a complete model folder") from error
+        raise ModelError(
+            f"{source.name}: config.json is not usable: {error}", fix="use a complete model folder"
+        ) from error
 
 
 def load_tokenizer(source: Source, chat_template: Path | None = None) -> Any:
@@ -89,17 +91,16 @@ def check_targets(model: nn.Module, target_modules: str | tuple[str, ...]) -> No
         raise ModelError(f"adapter.target_modules: {what}", fix=f"this model has {known}; or write all-linear")
 
 
-def check_shapes(model: nn.Module, device: torch.device) -> None:
-    """Refuse on a CPU the widths that bitsandbytes dequantises wrongly there (see quant/bnb.py)."""
-    if device.type != "cpu":
-        return
-    bad = {n: m.in_features for n, m in linear_layers(model).items() if m.in_features % CPU_IN_FEATURES_MULTIPLE}
+def check_shapes(model: nn.Module, block_size: int) -> None:
+    """Refuse the widths that bitsandbytes dequantises wrongly on a CPU."""
+    multiple = cpu_width_multiple(block_size)
+    bad = {n: m.in_features for n, m in linear_layers(model).items() if m.in_features % multiple}
     if bad:
         name, width = next(iter(bad.items()))
         raise ModelError(
-            f"{len(bad)} linear layers have an input width that is no multiple of {CPU_IN_FEATURES_MULTIPLE}, "
-            f"first {name} with {width}: bitsandbytes gives wrong values for them on a CPU",
-            fix="train on a CUDA device, or set quant.quant_type: none",
+            f"{len(bad)} linear layers have an input width that is no multiple of {multiple}, first {name} with {width}: "
+            "bitsandbytes gives wrong values for them on a CPU",
+            fix="train on a CUDA device, use quant.block_size: 64, or set quant.quant_type: none",
         )
 
 
@@ -118,5 +119,6 @@ def check_length(config: Any, seq_len: int) -> None:
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if limit and seq_len > limit:
         raise ModelError(
-            f"data.seq_len is {seq_len:,}, the model knows {limit:,} positions", fix=f"set data.seq_len to {limit} or less"
+            f"data.seq_len is {seq_len:,}, the model knows {limit:,} positions",
+            fix=f"set data.seq_len to {limit} or less",
         )

@@ -67,7 +67,9 @@ def _package_file(path: str) -> Path:
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     roots = list(spec.submodule_search_locations or []) if spec else []
     if not roots:
-        raise ModelError(f"model.path: no installed package {package!r}", fix=f"pip install {package.replace('_', '-')}")
+        raise ModelError(
+            f"model.path: no installed package {package!r}", fix=f"pip install {package.replace('_', '-')}"
+        )
     root = Path(roots[0]).resolve()
     found = (root / file).resolve()
     if not found.is_relative_to(root):
@@ -105,7 +107,9 @@ def _dequantised_gguf(path: Path, digest: str) -> Path:
             **place, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
         )
     except (ValueError, KeyError, OSError, RuntimeError) as error:
-        raise ModelError(f"model.path: {path} could not be read as GGUF: {error}", fix="use a file of another kind") from error
+        raise ModelError(
+            f"model.path: {path} could not be read as GGUF: {error}", fix="use a file of another kind"
+        ) from error
     with publishing(folder, manifest={"source": path.name, "source_sha256": digest}) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
 
 from qlora_train.adapters.attach import load_adapter
 from qlora_train.artifacts import RunDir, read_json
 from qlora_train.errors import ModelError
-from qlora_train.model.load import Base, load_base, resolve_device
+from qlora_train.model.load import Base, load_recipe_base
 from qlora_train.model.skeleton import load_tokenizer
 from qlora_train.model.source import Source, resolve_source
 from qlora_train.quant.fingerprint import BasePrint
@@ -55,7 +54,9 @@ def open_run(folder: Path, overrides: Sequence[str] = (), *, sections: Sequence[
     """
     run_dir = RunDir(folder)
     if not run_dir.recipe.is_file():
-        raise ModelError(f"{folder} is not a run folder: it holds no {run_dir.recipe.name}", fix="name the recipe's run.dir")
+        raise ModelError(
+            f"{folder} is not a run folder: it holds no {run_dir.recipe.name}", fix="name the recipe's run.dir"
+        )
     if not run_dir.adapter.is_dir():
         raise ModelError(f"{folder} holds no finished adapter yet", fix="finish it: qlora-train train RECIPE --resume")
     recipe = with_overrides(load_resolved(run_dir.recipe), overrides, sections)
@@ -65,10 +66,7 @@ def open_run(folder: Path, overrides: Sequence[str] = (), *, sections: Sequence[
 def load_trained(run: FinishedRun) -> Trained:
     """Load base and adapter as they were trained. ModelError when the base is not the one that was trained on."""
     source = run.source()
-    recipe = run.recipe
-    base = load_base(
-        source, recipe.quant, getattr(torch, recipe.model.compute_dtype), resolve_device(recipe.model.device)
-    )
+    base = load_recipe_base(source, run.recipe)
     refuse_other_base(run.base_print, base.print)
     model = load_adapter(base.model, run.run_dir.adapter)
     model.eval()

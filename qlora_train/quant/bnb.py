@@ -7,14 +7,10 @@ from dataclasses import dataclass
 
 import bitsandbytes as bnb
 import torch
+from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import Tensor, nn
 
-Linear4bit = bnb.nn.Linear4bit
-Params4bit = bnb.nn.Params4bit
-
-# bitsandbytes 0.50.2's AVX-512 dequantisation reads one absmax per row segment and is wrong where a block straddles
-# two rows (csrc/cpu_ops.cpp; the ARM path has the guard). Delete when a fixed version is the minimum.
-CPU_IN_FEATURES_MULTIPLE = 64
+__all__ = ["Linear4bit", "Params4bit"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +21,16 @@ class QuantSettings:
     double_quant: bool
     block_size: int
     storage_dtype: str
+
+
+def cpu_width_multiple(block_size: int) -> int:
+    """What an input width must be a multiple of on a CPU.
+
+    bitsandbytes 0.50.2's AVX-512 dequantisation reads one absmax per row segment and is wrong where a block straddles
+    two rows (csrc/cpu_ops.cpp; the ARM path has the guard), by up to the weight's own size. Delete when a fixed version
+    is the minimum.
+    """
+    return max(64, block_size)
 
 
 def linear4bit_modules(model: nn.Module) -> Iterator[tuple[str, Linear4bit]]:

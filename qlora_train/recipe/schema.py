@@ -24,10 +24,17 @@ class ModelSection(Section):
     path: Name = Field(
         description="Hub id, folder, `.gguf` file, or `package:NAME/FILE` for a file inside an installed package."
     )
-    revision: str | None = Field(None, description="Commit, tag or branch of a hub id. A commit makes the run repeatable.")
+    revision: str | None = Field(
+        None, description="Commit, tag or branch of a hub id. A commit makes the run repeatable."
+    )
     compute_dtype: Literal["bfloat16", "float32"] = Field(
         "bfloat16",
         description="Type of activations and matmuls. bfloat16 needs no loss scaling; float32 is for tests and old cards.",
+    )
+    attn_implementation: Literal["auto", "sdpa", "eager"] = Field(
+        "auto",
+        description="transformers' attention. auto: sdpa, but eager on a CPU for rows of up to 512 tokens, where sdpa's "
+        "backward pass is slow; eager holds the scores of a whole row.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to train. auto: cuda where there is one.")
     chat_template: Path | None = Field(
@@ -61,7 +68,9 @@ class AdapterSection(Section):
         16, description="Rank. 16 serves most sets; 32 to 64 for more than 50,000 rows, 8 for style."
     )
     alpha: PositiveFloat = Field(32.0, description="The update is scaled by alpha / r. 2 r is the usual start.")
-    dropout: Fraction = Field(0.0, description="Share of the adapter's inputs zeroed. 0.05 helps below about 5,000 rows.")
+    dropout: Fraction = Field(
+        0.0, description="Share of the adapter's inputs zeroed. 0.05 helps below about 5,000 rows."
+    )
     target_modules: Literal["all-linear"] | tuple[Name, ...] = Field(
         "all-linear",
         description="all-linear: every linear layer but the head (attention-only is worse at equal parameters). "
@@ -123,7 +132,9 @@ class TrainSection(Section):
 
 
 class EvalSection(Section):
-    every: NonNegativeInt = Field(100, description="Steps between evaluations of the held-out loss; 0: at the end only.")
+    every: NonNegativeInt = Field(
+        100, description="Steps between evaluations of the held-out loss; 0: at the end only."
+    )
     batch_size: PositiveInt = Field(8, description="Rows per forward pass without gradients.")
     generate_rows: NonNegativeInt = Field(
         64, description="Held-out rows answered by generation, before and after training; 0 turns it off."

@@ -65,7 +65,9 @@ def find_checkpoint(run_dir: RunDir, step: int | None = None) -> tuple[Checkpoin
     if step is not None:
         if step not in steps:
             there = ", ".join(map(str, steps)) or "none"
-            raise ResumeError(f"{run_dir.checkpoints} has no checkpoint of step {step}; there is: {there}", fix="name one")
+            raise ResumeError(
+                f"{run_dir.checkpoints} has no checkpoint of step {step}; there is: {there}", fix="name one"
+            )
         if faults := manifest_faults(steps[step]):
             raise ResumeError(f"{steps[step]}: {'; '.join(faults)}", fix="resume from another step")
         return Checkpoint(step, steps[step]), []

@@ -101,7 +101,9 @@ def run_loop(job: Job, state: TrainState, metrics: Metrics, stop: StopRequest) -
         is_best = False
         if job.eval_table is not None and (is_last or _due(state.step, job.recipe.eval.every)):
             validation = evaluate_now(job, job.eval_table)
-            metrics.write("eval", state.step, eval_loss=validation.loss, num_eval_tokens=validation.num_supervised_tokens)
+            metrics.write(
+                "eval", state.step, eval_loss=validation.loss, num_eval_tokens=validation.num_supervised_tokens
+            )
             job.reporter.evaluation(state.step, validation.loss)
             is_best = state.best_eval_loss is None or validation.loss < state.best_eval_loss
             if is_best:

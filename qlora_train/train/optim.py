@@ -63,7 +63,9 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensor
     expected = {f"{moment}/{name}" for name in parameters for moment in MOMENTS}
     if expected != set(tensors):
         name = sorted(expected ^ set(tensors))[0]
-        raise ResumeError(f"the optimiser's state does not fit the adapter, first difference {name}", fix="use another step")
+        raise ResumeError(
+            f"the optimiser's state does not fit the adapter, first difference {name}", fix="use another step"
+        )
     for name, parameter in parameters.items():
         state = {moment: tensors[f"{moment}/{name}"] for moment in MOMENTS}
         if state["exp_avg"].shape != parameter.shape or any(t.dtype != torch.float32 for t in state.values()):

@@ -106,7 +106,9 @@ def run_training(loaded: LoadedRecipe, *, resume: bool, from_step: int | None, r
         if print_base(job.model).digest != prepared.base.print.digest:
             raise AssertionError("the frozen base changed during training")
         adapter_scores = _adapter_scores(prepared, state, validation)
-        with _publishing_again(run_dir.adapter, {"step": state.best_step or state.step, **job.binding.as_dict()}) as folder:
+        with _publishing_again(
+            run_dir.adapter, {"step": state.best_step or state.step, **job.binding.as_dict()}
+        ) as folder:
             save_adapter(job.model, folder)
         result = TrainResult(
             run_dir=run_dir.root,
@@ -208,7 +210,11 @@ def _adapter_scores(prepared: Prepared, state: TrainState, validation: Validatio
     if split is None:
         return None
     scores = score_side(
-        job.causal, prepared.inputs.tokenizer, split, job.recipe.eval, validation=validation or evaluate_now(job, split.table)
+        job.causal,
+        prepared.inputs.tokenizer,
+        split,
+        job.recipe.eval,
+        validation=validation or evaluate_now(job, split.table),
     )
     base = read_json(job.run_dir.evaluation)["base"]
     write_json(job.run_dir.evaluation, {"base": base, "adapter": scores.as_dict()})

@@ -17,8 +17,15 @@ from qlora_train.data.loader import Loader
 from qlora_train.data.split import Split, load_split
 from qlora_train.errors import MachineError
 from qlora_train.model.causal import CausalModel
-from qlora_train.model.load import Base, load_base, resolve_device
-from qlora_train.model.skeleton import build_skeleton, check_length, check_targets, check_vocabulary, load_config, load_tokenizer
+from qlora_train.model.load import Base, load_recipe_base
+from qlora_train.model.skeleton import (
+    build_skeleton,
+    check_length,
+    check_targets,
+    check_vocabulary,
+    load_config,
+    load_tokenizer,
+)
 from qlora_train.model.source import Source, resolve_source
 from qlora_train.recipe.schema import Recipe
 from qlora_train.train.loop import Job
@@ -76,13 +83,12 @@ def prepare(recipe: Recipe, run_dir: RunDir, reporter: Reporter) -> Prepared:
     for split in (inputs.train, inputs.eval):
         if split is not None:
             reporter.message(split.audit.summary())
-    device = resolve_device(recipe.model.device)
-    base = load_base(inputs.source, recipe.quant, getattr(torch, recipe.model.compute_dtype), device)
+    base = load_recipe_base(inputs.source, recipe)
     CausalModel(base.model).check_head()
     model = attach_adapter(base.model, recipe.adapter, recipe.run.seed, base_name=inputs.source.name)
     if recipe.train.checkpointing == "full":
         base.model.gradient_checkpointing_enable({"use_reentrant": False})
-    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
+    accelerator = Accelerator(cpu=base.device.type == "cpu", mixed_precision="no")
     loader = Loader(
         inputs.train.table,
         recipe.data.batching,

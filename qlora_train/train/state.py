@@ -53,7 +53,9 @@ class TrainState:
         """The inverse of `as_dict`; ResumeError when a key is missing or unknown."""
         names = {field.name for field in fields(cls)}
         if set(data) != names:
-            raise ResumeError(f"state.json has the keys {sorted(data)}, expected {sorted(names)}", fix="use another step")
+            raise ResumeError(
+                f"state.json has the keys {sorted(data)}, expected {sorted(names)}", fix="use another step"
+            )
         return cls(**data)
 
 

