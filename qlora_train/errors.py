@@ -1,4 +1,4 @@
-"""The few kinds of user error, each with its exit code. Anything else that is raised is our bug and keeps its traceback."""
+"""The few kinds of user error, each with its exit code. Anything else is our bug and keeps its traceback."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# 256 rows of a 49,152-word vocabulary in float32 are 48 MiB; smaller chunks lose speed on a CPU, larger ones only memory.
+# 256 rows of a 49,152-word vocabulary in float32 are 48 MiB.
 CHUNK_TOKENS = 256
 
 
@@ -65,9 +65,9 @@ def linear_cross_entropy_sum(
     """`sum_n -log softmax(cap(hidden_n W^T + b))[label_n]` in nats, a float32 scalar; the count is the caller's.
 
     hidden_NH and weight_VH share one dtype; logits are taken to float32 before the softmax; labels_N is int64 and holds
-    no ignored position (gather the supervised ones first: the others cost nothing). `cap(z) = softcap * tanh(z / softcap)`
-    where softcap is not 0 (Gemma 2, arXiv 2408.00118, section 2). The head is frozen: no gradient reaches W or b, and
-    asking for one raises ValueError. An empty batch gives 0 and a zero gradient.
+    no ignored position: gather the supervised ones first, and the others cost nothing. Where softcap is not 0,
+    `cap(z) = softcap * tanh(z / softcap)`, as transformers' `final_logit_softcapping` does. The head is frozen: no
+    gradient reaches W or b, and asking for one raises ValueError. An empty batch gives 0 and a zero gradient.
 
     Cost: two matmuls of N x V x H; memory `chunk_tokens * V * 8` bytes plus one copy of hidden_NH, whatever N is.
     Equal to `F.cross_entropy(..., reduction="sum")` for every chunk size: tests/numerics/test_loss.py.

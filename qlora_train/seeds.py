@@ -1,4 +1,4 @@
-"""Randomness as a pure function of (seed, purpose, position): a resume needs no saved generator, an evaluation disturbs none."""
+"""Randomness as a pure function of (seed, purpose, position): a resume needs no saved generator."""
 
 from __future__ import annotations
 

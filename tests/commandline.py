@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-QUESTIONS = ("list files", "show the date", "print the text", "remove a file", "find a word", "count lines", "sort rows")
+QUESTIONS = ("list files", "show the date", "print the text", "remove a file", "find a word", "count lines")
 
 
 @dataclass(frozen=True)

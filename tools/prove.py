@@ -52,7 +52,8 @@ def main() -> int:
     wall_s = time.perf_counter() - started
     show(bars)
     machine = environment()
-    versions = ", ".join(f"{name} {machine['versions'][name]}" for name in ("torch", "transformers", "bitsandbytes", "peft"))
+    libraries = ("torch", "transformers", "bitsandbytes", "peft")
+    versions = ", ".join(f"{name} {machine['versions'][name]}" for name in libraries)
     print(
         f"\n{wall_s:,.0f} s on {machine['cpu_count']} cores ({machine['cpu_capability']}), "
         f"Python {machine['python']}, {versions}"

@@ -38,7 +38,7 @@ class AdapterFacts:
 def attach_adapter(model: nn.Module, section: AdapterSection, seed: int, *, base_name: str) -> PeftModel:
     """A PeftModel over `model` with float32 A and B; the start is a pure function of `seed`.
 
-    Raises ModelError when PEFT leaves a target out or builds a layer of another kind, and when `init_from` does not fit.
+    Raises ModelError when PEFT builds a layer of another kind, and when `init_from` does not fit.
     """
     if section.init_from is not None:
         peft_model = _continue_from(model, section)

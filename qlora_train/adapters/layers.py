@@ -23,7 +23,7 @@ class _OwnForward:
     num_fallbacks = 0
 
     def _plain_adapter(self, kwargs: dict[str, Any]) -> str | None:
-        """The one adapter that our forward can serve, or None: merged, disabled, several, a variant, extra arguments."""
+        """The one adapter our forward can serve; None when merged, disabled, several, a variant, or given arguments."""
         layer: Any = self
         if kwargs or layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
             return None
@@ -32,7 +32,7 @@ class _OwnForward:
         return name if plain and not getattr(layer, "fan_in_fan_out", False) else None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """`base(x) + scaling * B A dropout(x)`; x (..., in) in the compute dtype; A, B are cast to it, not x to theirs."""
+        """`base(x) + scaling * B A dropout(x)`; x (..., in) in the compute dtype, to which A and B are cast."""
         layer: Any = self
         name = None if args else self._plain_adapter(kwargs)
         if name is None:
@@ -55,7 +55,7 @@ class LoraFloat(_OwnForward, PeftLinear):  # type: ignore[misc]
 
 
 def register_layers(config: LoraConfig) -> LoraConfig:
-    """Make PEFT build our layers for this config. The mapping is not saved with the adapter: call again after loading."""
+    """Make PEFT build our layers for this config. The mapping is not saved: call again after loading."""
     # bitsandbytes' class is an nn.Linear, and the first match wins.
     config._register_custom_module({Linear4bit: Lora4bit, nn.Linear: LoraFloat})
     return config

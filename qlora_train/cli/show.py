@@ -148,7 +148,8 @@ def exported(result: ExportResult) -> None:
     _console.print(
         Text(
             f"accepted: the merged model's KL is {verdict.kl_frac:.3%} of the adapter's effect (limit "
-            f"{verdict.max_kl_frac:.1%}), on {verdict.merged.num_tokens:,} tokens of {verdict.num_rows} {verdict.split} rows"
+            f"{verdict.max_kl_frac:.1%}), on {verdict.merged.num_tokens:,} tokens of "
+            f"{verdict.num_rows} {verdict.split} rows"
         )
     )
     _console.print(

@@ -72,7 +72,7 @@ def compare(
 ) -> dict[str, Distance]:
     """Measure candidates against one reference. A candidate maps a batch to (its head's model, hidden states).
 
-    Softmax and sums in float32, `CHUNK_TOKENS` positions at a time: memory is two models and a few logits, never (B, T, V).
+    Softmax and sums in float32, `CHUNK_TOKENS` positions at a time: never all logits of a batch.
     """
     sums = {name: _Sums() for name in candidates}
     for batch in batches:

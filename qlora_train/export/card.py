@@ -43,6 +43,8 @@ def model_card(name: str, run: FinishedRun, verdict: Verdict, audit: dict[str, A
     train = audit["train"]
     quantised = recipe.quant.quant_type != "none"
     base_words = f"{recipe.quant.quant_type} (double quantisation {'on' if recipe.quant.double_quant else 'off'})"
+    method = f"{recipe.adapter.method} (r = {recipe.adapter.r}, alpha = {recipe.adapter.alpha:g})"
+    nll = f"{merged.reference_nll:.4f}"
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -50,7 +52,7 @@ tags: [qlora, {recipe.adapter.method}]
 ---
 # {_plain(name)}
 
-`{_plain(recipe.model.path)}`, fine-tuned with {recipe.adapter.method} (r = {recipe.adapter.r}, alpha = {recipe.adapter.alpha:g})
+`{_plain(recipe.model.path)}`, fine-tuned with {method}
 {"on a " + base_words + " base" if quantised else "on an unquantised base"} and merged in {recipe.export.export_dtype}.
 The licence of the base applies.
 
@@ -65,7 +67,7 @@ Compared with base + adapter on {verdict.num_rows} {"held-out" if verdict.split 
 |---|---|---|
 | mean KL from the trained model (nats per token) | {merged.mean_kl:.3g} | {off.mean_kl:.3g} |
 | same most likely token | {merged.top1_agreement:.2%} | {off.top1_agreement:.2%} |
-| loss per supervised token (trained: {merged.reference_nll:.4f}) | {merged.candidate_nll:.4f} | {off.candidate_nll:.4f} |
+| loss per supervised token (trained: {nll}) | {merged.candidate_nll:.4f} | {off.candidate_nll:.4f} |
 
 The KL is {verdict.kl_frac:.3%} of the adapter's effect; the export refuses more than {verdict.max_kl_frac:.3%}.
 

@@ -1,4 +1,4 @@
-"""Sharded safetensors written as a stream: the header first, from shapes known beforehand, then one tensor at a time."""
+"""Sharded safetensors as a stream: the header first, from shapes known beforehand, then one tensor at a time."""
 
 from __future__ import annotations
 

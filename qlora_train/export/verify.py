@@ -1,4 +1,4 @@
-"""Compare the merged model with the trained one, both in float32, against a negative control: the adapter switched off."""
+"""Compare the merged model with the trained one in float32, with a negative control: the adapter switched off."""
 
 from __future__ import annotations
 

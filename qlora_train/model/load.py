@@ -1,4 +1,4 @@
-"""Load the base straight into 4 bit, always explicit about every dtype and quant type, and read back what was loaded."""
+"""Load the base straight into 4 bit, explicit about every dtype and quant type, and read back what was loaded."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def load_base(
     device: torch.device,
     attn_implementation: str = "sdpa",
 ) -> Base:
-    """Load, freeze and fingerprint the base. Each weight is quantised as it arrives: no 16-bit copy of the model exists.
+    """Load, freeze and fingerprint the base. Each weight is quantised as it arrives: no 16-bit copy exists.
 
     Raises ModelError when weights are missing, unreadable, not finite, or were not quantised as the recipe says.
     """

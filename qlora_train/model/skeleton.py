@@ -98,8 +98,8 @@ def check_shapes(model: nn.Module, block_size: int) -> None:
     if bad:
         name, width = next(iter(bad.items()))
         raise ModelError(
-            f"{len(bad)} linear layers have an input width that is no multiple of {multiple}, first {name} with {width}: "
-            "bitsandbytes gives wrong values for them on a CPU",
+            f"{len(bad)} linear layers have an input width that is no multiple of {multiple}, "
+            f"first {name} with {width}: bitsandbytes gives wrong values for them on a CPU",
             fix="train on a CUDA device, use quant.block_size: 64, or set quant.quant_type: none",
         )
 

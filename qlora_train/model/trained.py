@@ -82,5 +82,5 @@ def refuse_other_base(trained_on: BasePrint, here: BasePrint) -> None:
     raise ModelError(
         f"the adapter was trained on base {trained_on.digest[:16]}, this base is {here.digest[:16]}: "
         f"{len(differing)} of {len(names)} tensors differ, first {differing[0] if differing else names[0]}",
-        fix="use the very model, quantisation and kind of device of the run (quantisers may differ between CPU and GPU)",
+        fix="use the model, quantisation and kind of device of the run (quantisers may differ between CPU and GPU)",
     )

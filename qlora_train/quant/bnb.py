@@ -98,7 +98,7 @@ def dequantize(weight: Params4bit) -> Tensor:
 
 
 def packed_parts(weight: Params4bit) -> dict[str, Tensor]:
-    """The stored tensors of a 4-bit weight: packed codes, absmax, and with double quantisation absmax's own statistics."""
+    """The stored tensors of a 4-bit weight: packed codes, absmax, and absmax's own statistics where it is quantised."""
     state = weight.quant_state
     parts = {"codes": weight.data, "absmax": state.absmax}
     if state.nested:

@@ -1,4 +1,4 @@
-"""The sections of a recipe. Under each key stand its unit and the reason for its default; `extra="forbid"` everywhere."""
+"""The sections of a recipe. Each key has its unit and the reason for its default; no unknown key is let in."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ class ModelSection(Section):
     )
     compute_dtype: Literal["bfloat16", "float32"] = Field(
         "bfloat16",
-        description="Type of activations and matmuls. bfloat16 needs no loss scaling; float32 is for tests and old cards.",
+        description="Type of activations and matmuls. bfloat16 needs no loss scaling; float32 is for tests.",
     )
     attn_implementation: Literal["auto", "sdpa", "eager"] = Field(
         "auto",
-        description="transformers' attention. auto: sdpa, but eager on a CPU for rows of up to 512 tokens, where sdpa's "
-        "backward pass is slow; eager holds the scores of a whole row.",
+        description="transformers' attention. auto: sdpa, but eager on a CPU for rows of up to 512 tokens, where the "
+        "backward pass of sdpa is slow; eager holds the scores of a whole row.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to train. auto: cuda where there is one.")
     chat_template: Path | None = Field(

@@ -16,8 +16,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 def lr_factor(step: int, num_steps: int, warmup_frac: float, schedule: str) -> float:
     """Share of the peak rate that step `step` (from 0) uses.
 
-    Linear rise over `ceil(warmup_frac * num_steps)` steps, never from a rate of zero; then constant, or linear or cosine
-    down towards zero, which is reached one step after the last.
+    Linear rise over `ceil(warmup_frac * num_steps)` steps, never from a rate of zero; then constant, or linear or
+    cosine down towards zero, which is reached one step after the last.
 
     >>> [round(lr_factor(k, 4, 0.0, "linear"), 2) for k in range(4)]
     [1.0, 0.75, 0.5, 0.25]

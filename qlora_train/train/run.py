@@ -95,7 +95,7 @@ def run_training(loaded: LoadedRecipe, *, resume: bool, from_step: int | None, r
         _describe(prepared, reporter)
         largest = rehearse(job)
         reporter.message(
-            f"rehearsed the largest micro-batch, {largest.input_ids.shape[0]} rows of {largest.input_ids.shape[1]} tokens: "
+            f"rehearsed the largest micro-batch, {len(largest.row_ids)} rows of {largest.input_ids.shape[1]} tokens: "
             f"peak memory {peak_memory_bytes(job.accelerator.device) / 2**30:.2f} GiB"
         )
         base_scores = _base_scores(prepared, resumed=checkpoint is not None)
@@ -182,8 +182,9 @@ def _describe(prepared: Prepared, reporter: Reporter) -> None:
     # float32 adapter, gradient and two AdamW moments, against bf16 weights and gradients with float32 moments.
     adapter_mib, full_mib = facts.num_trainable * 16 / 2**20, (facts.num_trainable + facts.num_frozen) * 12 / 2**20
     reporter.message(
-        f"adapter: {facts.num_trainable:,} trainable parameters ({facts.trainable_frac:.2%}) on {len(facts.modules)} layers; "
-        f"{adapter_mib:,.0f} MiB with gradient and AdamW moments, full fine-tuning {full_mib:,.0f} MiB"
+        f"adapter: {facts.num_trainable:,} trainable parameters ({facts.trainable_frac:.2%}) on "
+        f"{len(facts.modules)} layers; {adapter_mib:,.0f} MiB with gradient and AdamW moments, "
+        f"full fine-tuning {full_mib:,.0f} MiB"
     )
 
 

@@ -1,4 +1,4 @@
-"""From a recipe to the loop's job: data first, then the base in 4 bit, then the adapter; each checked before the next."""
+"""From a recipe to the loop's job: data, then the base in 4 bit, then the adapter; each checked before the next."""
 
 from __future__ import annotations
 

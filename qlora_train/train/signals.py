@@ -24,7 +24,7 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Catch SIGINT, SIGTERM and SIGHUP inside the block. Outside the main thread nothing can be caught: no request comes."""
+    """Catch SIGINT, SIGTERM and SIGHUP inside the block. Outside the main thread no request ever comes."""
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request

@@ -201,7 +201,8 @@ def test_chat_answers_from_run_export_and_base(
         assert outcome.out.strip(), where
     import io
 
-    monkeypatch.setattr(sys, "stdin", io.StringIO("list files number 3\n/base\n/clear\nlist files number 3\n/adapter x\n/bad\n/exit\n"))
+    typed = ["list files number 3", "/base", "/clear", "list files number 3", "/adapter x", "/bad", "/exit"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(typed) + "\n"))
     outcome = run_cli("chat", folder / "run", "--max-new-tokens", "6", "--system", "be brief")
     assert outcome.code == 0, outcome.err
     assert "base answers" in outcome.err and "no adapter 'x'" in outcome.err and "unknown command /bad" in outcome.err

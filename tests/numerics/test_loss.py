@@ -1,10 +1,10 @@
-"""The chunked loss against `F.cross_entropy` on whole logits: values, gradients, every chunk size, soft cap and bias."""
+"""The chunked loss against `F.cross_entropy` on whole logits: values, gradients, chunk sizes, soft cap, bias."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from torch.nn import functional as F
+import torch.nn.functional as F  # noqa: N812  the name that everybody reads
 
 from qlora_train.loss import linear_cross_entropy_sum
 

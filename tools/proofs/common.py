@@ -77,7 +77,8 @@ def earlier(folder: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
     from qlora_train.artifacts import manifest_faults
 
     try:
-        if json.loads((folder / FINGERPRINT).read_text(encoding="utf-8")) != wanted or manifest_faults(folder / "adapter"):
+        stored = json.loads((folder / FINGERPRINT).read_text(encoding="utf-8"))
+        if stored != wanted or manifest_faults(folder / "adapter"):
             return None
         result: dict[str, Any] = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -34,7 +34,7 @@ def _quickstart() -> list[Bar]:
         Bar("quickstart: held-out loss after training", adapter["loss"], "nats", at_most=2.1),
         Bar("quickstart: character similarity before", base["scores"]["char_similarity"]),
         Bar("quickstart: character similarity after", adapter["scores"]["char_similarity"], at_least=0.40),
-        Bar("quickstart: KL of the bf16 export from the trained model", verdict["merged"]["mean_kl"], "nats", at_most=5e-4),
+        Bar("quickstart: KL of the export from the trained model", verdict["merged"]["mean_kl"], "nats", at_most=5e-4),
         Bar("quickstart: KL with the adapter off", verdict["adapter_off"]["mean_kl"], "nats"),
         Bar("quickstart: KL as a share of the adapter's effect", verdict["kl_frac"], at_most=0.01),
         Bar("quickstart: top-1 agreement of the export", verdict["merged"]["top1_agreement"], at_least=0.95),
@@ -66,9 +66,7 @@ def _plain_libraries(run: Path, merged: Path) -> list[Bar]:
             weight = dequantize(layer.get_base_layer().weight) + delta_weight(layer, "default")
             oracle.get_submodule(name.removeprefix("base_model.model.")).weight.copy_(weight)
         plain = AutoModelForCausalLM.from_pretrained(merged, dtype="auto")
-        differing = sum(
-            int((plain(input_ids=ids).logits != oracle(input_ids=ids).logits).sum()) for ids in batches
-        )
+        differing = sum(int((plain(input_ids=ids).logits != oracle(input_ids=ids).logits).sum()) for ids in batches)
         # Plain PEFT on a plain dense model that holds the dequantised weights, both sides in float32.
         dense = AutoModelForCausalLM.from_pretrained(trained.base.source.folder, dtype=torch.float32)
         for name, layer in layers.items():
