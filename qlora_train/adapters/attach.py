@@ -45,7 +45,7 @@ def attach_adapter(model: nn.Module, section: AdapterSection, seed: int, *, base
     else:
         config = LoraConfig(
             r=section.r,
-            lora_alpha=section.alpha,  # type: ignore[arg-type]  # PEFT computes with it and stores it as it is
+            lora_alpha=section.alpha,  # PEFT computes with it and stores it as it is
             lora_dropout=section.dropout,
             target_modules=section.target_modules
             if isinstance(section.target_modules, str)
@@ -92,7 +92,7 @@ def check_attached(model: PeftModel) -> None:
     layers = lora_layers(model)
     adapted = {name.partition(".lora_A.")[0] for name, _ in model.named_parameters() if ".lora_A." in name}
     if foreign := sorted(adapted - set(layers)):
-        kind = type(model.get_submodule(foreign[0]).get_base_layer()).__name__  # type: ignore[operator]
+        kind = type(model.get_submodule(foreign[0]).get_base_layer()).__name__
         raise ModelError(
             f"{len(foreign)} adapted layers are of a kind we do not train ({kind}), first {foreign[0]}",
             fix="name other adapter.target_modules",

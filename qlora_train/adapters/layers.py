@@ -46,11 +46,11 @@ class _OwnForward:
         return update + layer.base_layer(x)
 
 
-class Lora4bit(_OwnForward, PeftLinear4bit):  # type: ignore[misc]
+class Lora4bit(_OwnForward, PeftLinear4bit):
     """LoRA on a bitsandbytes 4-bit linear layer."""
 
 
-class LoraFloat(_OwnForward, PeftLinear):  # type: ignore[misc]
+class LoraFloat(_OwnForward, PeftLinear):
     """LoRA on an unquantised linear layer."""
 
 

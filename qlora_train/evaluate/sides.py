@@ -53,7 +53,7 @@ class SideScores:
 
 def questions_of(split: Split, tokenizer: Any, limit: int) -> list[Question]:
     """What the first rows of a split ask; rows of plain text ask nothing."""
-    questions = []
+    questions: list[Question] = []
     for row in split.rows:
         if len(questions) == limit:
             break

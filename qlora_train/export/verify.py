@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -66,7 +66,7 @@ def verify(trained: Trained, merged_folder: Path) -> Verdict:
     Memory: the trained model with its other tensors in float32, and the merged one in float32.
     """
     recipe, device = trained.run.recipe, trained.base.device
-    split = "eval" if recipe.data.eval else "train"
+    split: Literal["eval", "train"] = "eval" if recipe.data.eval else "train"
     limits = {"max_eval_rows": recipe.export.verify_rows, "max_train_rows": recipe.export.verify_rows}
     rows = load_split(recipe.data.model_copy(update=limits), split, trained.tokenizer, recipe.run.seed)
     merged = CausalModel(load_merged(merged_folder, torch.float32, device))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from qlora_train.data.loader import MicroBatch
@@ -35,7 +36,7 @@ class CausalModel:
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model
-        inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        inner: Any = self.model.get_base_model() if isinstance(model, PeftModel) else model
         self.decoder: Any = inner.base_model
         output = inner.get_output_embeddings()
         if not isinstance(output, nn.Linear):

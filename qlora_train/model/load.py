@@ -34,7 +34,7 @@ class _Bnb4bitConfig(BitsAndBytesConfig):
 
 
 @register_quantizer(_QUANT_METHOD)
-class _Bnb4bitQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
+class _Bnb4bitQuantizer(Bnb4BitHfQuantizer):
     """transformers' 4-bit quantiser; sets the block size on the layers before their weights arrive."""
 
     def _process_model_before_weight_loading(self, model: Any, device_map: Any, **kwargs: Any) -> None:

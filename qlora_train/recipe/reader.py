@@ -60,7 +60,7 @@ class _Loader(yaml.SafeLoader):
     depth = count = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        event: Any = self.peek_event()
         self.depth += 1
         self.count += 1
         tag = getattr(event, "tag", None)

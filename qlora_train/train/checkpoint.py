@@ -71,7 +71,7 @@ def find_checkpoint(run_dir: RunDir, step: int | None = None) -> tuple[Checkpoin
         if faults := manifest_faults(steps[step]):
             raise ResumeError(f"{steps[step]}: {'; '.join(faults)}", fix="resume from another step")
         return Checkpoint(step, steps[step]), []
-    warnings = []
+    warnings: list[str] = []
     for number, folder in reversed(steps.items()):
         if not (faults := manifest_faults(folder)):
             return Checkpoint(number, folder), warnings
