@@ -80,6 +80,13 @@ class RunDir:
         """Held while a process writes to the folder."""
         return self.root / ".lock"
 
+    def facts(self) -> tuple[Path, ...]:
+        """What a run writes before its first checkpoint, and writes anew when it starts again."""
+        return (
+            *(self.recipe, self.environment, self.base, self.data, self.evaluation, self.metrics),
+            *(self.checkpoints, self.lock),
+        )
+
 
 def fsync_dir(folder: Path) -> None:
     """Make the entries of a folder durable."""

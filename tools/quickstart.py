@@ -59,8 +59,7 @@ def show(rows: list[tuple[str, str, str]], run: dict[str, Any]) -> None:
         print(f"{what:{widths[0]}}  {before:>{widths[1]}}  {after:>{widths[2]}}")
     pairs = list(zip(run["base"]["answers"], run["adapter"]["answers"], strict=True))
     for before, after in pairs[:SAMPLES]:
-        asked = max(before["prompt"].splitlines(), key=len).split("<|")[0]
-        print(f"\n  asked   {asked}\n  before  {flat(before['text'])}\n  after   {flat(after['text'])}")
+        print(f"\n  asked   {flat(before['asked'])}\n  before  {flat(before['text'])}\n  after   {flat(after['text'])}")
         print(f"  wanted  {flat(after['reference'])}")
 
 

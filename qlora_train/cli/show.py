@@ -94,20 +94,14 @@ def sides(base: SideScores, adapter: SideScores) -> None:
     )
     for before, after in list(zip(base.answers, adapter.answers, strict=True))[:SAMPLES]:
         _console.print()
-        question = before.prompt.strip().splitlines()
         rows = (
-            ("asked", _question(question)),
+            ("asked", before.asked),
             ("before", before.text),
             ("after", after.text),
             ("wanted", after.reference),
         )
         for label, text in rows:
             _console.print(Text(f"{label:>7}: ", "bold") + Text(_one_line(text)), soft_wrap=True)
-
-
-def _question(lines: list[str]) -> str:
-    """The user's last words in a rendered prompt: its longest line among the last three."""
-    return max(lines[-3:], key=len, default="")
 
 
 def _one_line(text: str, limit: int = 160) -> str:

@@ -109,6 +109,13 @@ class Renderer:
         raise Unrenderable(f"the chat template does not show messages[{turn}].content as it was written")
 
 
+def last_question(row: Row) -> str:
+    """What a person asked in a row: the turn before the answer, or the prompt."""
+    if isinstance(row, MessagesRow):
+        return row.messages[-2]["content"] if len(row.messages) > 1 else ""
+    return row.prompt if isinstance(row, PromptCompletionRow) else ""
+
+
 def prompt_and_answer(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str] | None:
     """The text to generate from and the reference answer without outer whitespace; None for plain text.
 

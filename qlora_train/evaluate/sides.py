@@ -9,7 +9,7 @@ import torch
 
 from qlora_train.data.loader import eval_batches
 from qlora_train.data.split import Split
-from qlora_train.data.template import adds_special_tokens, prompt_and_answer
+from qlora_train.data.template import adds_special_tokens, last_question, prompt_and_answer
 from qlora_train.evaluate.tasks import Question, TaskScores, answer, mean_scores
 from qlora_train.evaluate.validation import Validation, validate
 from qlora_train.model.causal import CausalModel
@@ -21,7 +21,7 @@ class StoredAnswer:
     """One generated answer beside its reference."""
 
     where: str
-    prompt: str
+    asked: str
     reference: str
     text: str
     exact_match: float
@@ -58,7 +58,8 @@ def questions_of(split: Split, tokenizer: Any, limit: int) -> list[Question]:
         if len(questions) == limit:
             break
         if pair := prompt_and_answer(row, tokenizer):
-            questions.append(Question(row.where, pair[0], pair[1], adds_special_tokens(row, tokenizer)))
+            special = adds_special_tokens(row, tokenizer)
+            questions.append(Question(row.where, last_question(row), *pair, add_special_tokens=special))
     return questions
 
 
@@ -82,7 +83,7 @@ def score_side(
         scores=mean_scores(answers) if answers else None,
         answers=tuple(
             StoredAnswer(
-                a.question.where, a.question.prompt, a.question.reference, a.text, a.exact_match, a.char_similarity
+                a.question.where, a.question.asked, a.question.reference, a.text, a.exact_match, a.char_similarity
             )
             for a in answers
         ),

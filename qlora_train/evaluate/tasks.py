@@ -15,7 +15,8 @@ class Question:
     """What the model is asked and what the data set answers."""
 
     where: str
-    prompt: str
+    asked: str  # in the words of the row
+    prompt: str  # as the model is given it
     reference: str
     add_special_tokens: bool = False  # a rendered chat prompt brings its own
 
@@ -46,7 +47,7 @@ def score(question: Question, text: str) -> Answer:
 
     char_similarity is difflib's ratio: twice the matching characters over the characters of both.
 
-    >>> score(Question("f:1", "?", "git status"), " git stash\\n").first_word
+    >>> score(Question("f:1", "?", "?", "git status"), " git stash\\n").first_word
     1.0
     """
     got, want = text.strip(), question.reference.strip()

@@ -34,9 +34,9 @@ class CausalModel:
     `model` keeps its own modules; the decoder is run alone, so that logits of unsupervised positions never exist.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model: Any = model
-        inner: Any = self.model.get_base_model() if isinstance(model, PeftModel) else model
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        inner = model.get_base_model() if isinstance(model, PeftModel) else model
         self.decoder: Any = inner.base_model
         output = inner.get_output_embeddings()
         if not isinstance(output, nn.Linear):

@@ -15,6 +15,8 @@ import torch
 from qlora_train.adapters.state import restore_adapter, save_adapter
 from qlora_train.artifacts import (
     MANIFEST,
+    TEMPORARY_PREFIX,
+    TRASH_PREFIX,
     RunDir,
     locked,
     publishing,
@@ -132,13 +134,18 @@ def _refuse_used(run_dir: RunDir) -> None:
     """A new run starts in a new folder: nothing of an older one is touched."""
     if run_dir.root.exists() and not run_dir.root.is_dir():
         raise RecipeError(f"run.dir: {run_dir.root} is a file", fix="name a folder")
-    there = sorted(p.name for p in run_dir.root.iterdir() if p != run_dir.lock) if run_dir.root.is_dir() else []
-    if there:
-        steps = list_steps(run_dir)
-        state = f"with checkpoints up to step {max(steps)}" if steps else "without a checkpoint"
+    if steps := list_steps(run_dir):
         raise RecipeError(
-            f"run.dir: {run_dir.root} already holds a run {state} ({', '.join(there[:6])})",
+            f"run.dir: {run_dir.root} already holds a run with checkpoints up to step {max(steps)}",
             fix="go on with --resume, remove the folder, or choose another run.dir",
+        )
+    # A run that ended before its first checkpoint left facts behind that the next one writes anew.
+    own = {path.name for path in run_dir.facts()}
+    there = sorted(p.name for p in run_dir.root.iterdir() if p.name not in own) if run_dir.root.is_dir() else []
+    if foreign := [name for name in there if not name.startswith((TEMPORARY_PREFIX, TRASH_PREFIX))]:
+        raise RecipeError(
+            f"run.dir: {run_dir.root} holds other things already ({', '.join(foreign[:6])})",
+            fix="choose another run.dir, or empty this one",
         )
 
 

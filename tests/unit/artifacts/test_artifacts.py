@@ -1,0 +1,290 @@
+"""Files and folders that are whole or absent, manifests that see any damage, and the lock."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import qlora_train
+from qlora_train.artifacts import (
+    MANIFEST,
+    TEMPORARY_PREFIX,
+    TRASH_PREFIX,
+    RunDir,
+    explained,
+    locked,
+    manifest_faults,
+    publishing,
+    read_json,
+    retire,
+    sweep,
+    write_file,
+    write_json,
+)
+from qlora_train.errors import MachineError
+
+WEIGHTS = bytes(range(256)) * 5
+
+
+def full_disk(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_the_names_of_a_run_are_all_different_and_inside_it(tmp_path: Path) -> None:
+    properties = [name for name, value in vars(RunDir).items() if isinstance(value, property)]
+    paths = [getattr(RunDir(tmp_path), name) for name in properties]
+    assert len(set(paths)) == len(paths) >= 10
+    assert {path.parent for path in paths} == {tmp_path}
+
+
+def test_write_file_replaces_the_content_and_leaves_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    for content in (b"", b"old", WEIGHTS):
+        write_file(path, content)
+        assert path.read_bytes() == content and names(tmp_path) == {"a.json"}
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_failed_write_leaves_the_old_content_and_no_temporary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    path = tmp_path / "a.json"
+    write_file(path, b"old")
+    monkeypatch.setattr(*((os, "fsync") if call == "fsync" else (Path, "replace")), full_disk)
+    with pytest.raises(MachineError, match="No space left on device") as caught:
+        write_file(path, b"new")
+    assert str(path) in str(caught.value)
+    assert path.read_bytes() == b"old" and names(tmp_path) == {"a.json"}
+
+
+def test_write_json_is_readable_and_refuses_what_is_not_finite(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, {"é": [1, 2.5, None]})
+    assert read_json(path) == {"é": [1, 2.5, None]} and path.read_bytes().endswith(b"}\n")
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(path, {"loss": float("nan")})
+    assert read_json(path) == {"é": [1, 2.5, None]} and names(tmp_path) == {"a.json"}
+
+
+@pytest.mark.parametrize("content", [None, b"", b'{"a": 1', b"\xff\xfe"])
+def test_read_json_names_the_file_it_cannot_read(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "base.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(MachineError, match=r"cannot read .*base\.json"):
+        read_json(path)
+
+
+def test_explained_says_what_where_and_how_much_room() -> None:
+    full = Path("/dev/full")
+    pattern = r"cannot write /dev/full: No space left on device \([\d,]+ MiB free\)"
+    with pytest.raises(MachineError, match=pattern), explained(full), full.open("w") as file:
+        file.write("x")
+
+
+def test_explained_leaves_other_exceptions_alone(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), explained(tmp_path):
+        raise KeyError("ours")
+
+
+def test_a_file_in_place_of_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("a file")
+    pattern = rf"cannot write {tmp_path}/run/.*Not a directory \([\d,]+ MiB free\)"
+    with pytest.raises(MachineError, match=pattern):
+        write_file(tmp_path / "run" / "a.json", b"x")
+    with (
+        pytest.raises(MachineError, match=r"cannot write .*MiB free"),
+        publishing(tmp_path / "run" / "ckpt", manifest={}),
+    ):
+        pytest.fail("the block must not run")
+    with pytest.raises(MachineError, match=r"cannot write .*MiB free"), locked(RunDir(tmp_path / "run")):
+        pytest.fail("the block must not run")
+    assert names(tmp_path) == {"run"} and (tmp_path / "run").read_text() == "a file"
+
+
+def publish(target: Path) -> Path:
+    with publishing(target, manifest={"step": 7}) as folder:
+        (folder / "weights.bin").write_bytes(WEIGHTS)
+        (folder / "sub").mkdir()
+        (folder / "sub" / "empty").write_bytes(b"")
+    return target
+
+
+def test_publishing_appears_whole_with_a_manifest_of_sizes_and_hashes(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "step-000007"
+    with publishing(target, manifest={"step": 7}) as folder:
+        (folder / "weights.bin").write_bytes(WEIGHTS)
+        assert not target.exists() and folder.parent == target.parent
+        assert folder.name.startswith(TEMPORARY_PREFIX)
+    assert names(target.parent) == {"step-000007"} and names(target) == {"weights.bin", MANIFEST}
+    manifest = json.loads((target / MANIFEST).read_text())
+    digest = hashlib.sha256(WEIGHTS).hexdigest()
+    assert manifest == {"schema": 1, "step": 7, "files": {"weights.bin": {"bytes": 1280, "sha256": digest}}}
+    assert manifest_faults(target) == []
+
+
+@pytest.mark.parametrize("error", [ValueError("ours"), KeyboardInterrupt(), OSError(errno.ENOSPC, "full")])
+def test_publishing_leaves_nothing_when_the_block_fails(tmp_path: Path, error: BaseException) -> None:
+    """A block that fails publishes nothing; only an OSError becomes a MachineError."""
+    expected = MachineError if isinstance(error, OSError) else type(error)
+    with pytest.raises(expected), publishing(tmp_path / "target", manifest={}) as folder:
+        (folder / "half").write_bytes(WEIGHTS)
+        raise error
+    assert names(tmp_path) == set()
+
+
+@pytest.mark.parametrize("call", ["fsync", "rename"])
+def test_publishing_leaves_nothing_when_the_disk_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    monkeypatch.setattr(*((os, "fsync") if call == "fsync" else (Path, "rename")), full_disk)
+    with pytest.raises(MachineError, match="No space left"):
+        publish(tmp_path / "target")
+    assert names(tmp_path) == set()
+
+
+def test_publishing_never_mixes_with_what_is_there(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "kept").write_text("old")
+    with pytest.raises(MachineError, match="cannot write"):
+        publish(target)
+    assert names(tmp_path) == {"target"} and names(target) == {"kept"}
+
+
+def _cut(num_bytes: int) -> Callable[[Path], None]:
+    return lambda folder: (folder / "weights.bin").write_bytes(WEIGHTS[:num_bytes]) and None
+
+
+def _flip(folder: Path) -> None:
+    (folder / "weights.bin").write_bytes(bytes([WEIGHTS[0] ^ 1]) + WEIGHTS[1:])
+
+
+def _link(folder: Path) -> None:
+    """The same content, but outside the folder."""
+    outside = folder.parent / "outside.bin"
+    (folder / "weights.bin").rename(outside)
+    (folder / "weights.bin").symlink_to(outside)
+
+
+def _extra(folder: Path) -> None:
+    (folder / "sub" / "extra").write_text("x")
+
+
+def _edit(change: Callable[[dict[str, dict[str, object]]], object]) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        change(manifest["files"])
+        (folder / MANIFEST).write_text(json.dumps(manifest))
+
+    return edit
+
+
+def _manifest(content: str | None) -> Callable[[Path], None]:
+    def replace(folder: Path) -> None:
+        (folder / MANIFEST).unlink()
+        if content is not None:
+            (folder / MANIFEST).write_text(content)
+
+    return replace
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
+    "cut to nothing": (_cut(0), "weights.bin: 0 of 1,280 bytes"),
+    "cut in half": (_cut(640), "weights.bin: 640 of 1,280 bytes"),
+    "last byte gone": (_cut(1279), "weights.bin: 1,279 of 1,280 bytes"),
+    "flipped bit": (_flip, "weights.bin: SHA-256 mismatch"),
+    "missing": (lambda f: (f / "sub" / "empty").unlink(), "sub/empty: missing"),
+    "extra": (_extra, f"sub/extra: not in {MANIFEST}"),
+    "link": (_link, "weights.bin: missing"),
+    "edited hash": (_edit(lambda files: files["weights.bin"].update(sha256="0" * 64)), "weights.bin: SHA-256 mismatch"),
+    "edited size": (_edit(lambda files: files["weights.bin"].update(bytes=1)), "weights.bin: 1,280 of 1 bytes"),
+    "entry removed": (_edit(lambda files: files.pop("weights.bin")), f"weights.bin: not in {MANIFEST}"),
+    "entry added": (_edit(lambda files: files.update({"../x": files["weights.bin"]})), "../x: missing"),
+    "entry without hash": (_edit(lambda files: files["weights.bin"].pop("sha256")), MANIFEST),
+    "no manifest": (_manifest(None), MANIFEST),
+    "empty manifest": (_manifest(""), MANIFEST),
+    "torn manifest": (_manifest('{"files": {'), MANIFEST),
+    "manifest of another kind": (_manifest("[]"), MANIFEST),
+    "manifest without files": (_manifest("{}"), MANIFEST),
+    "files as a list": (_manifest('{"files": []}'), MANIFEST),
+    "files as null": (_manifest('{"files": null}'), MANIFEST),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_manifest_sees_all_damage(tmp_path: Path, damage: str) -> None:
+    spoil, expected = DAMAGE[damage]
+    target = publish(tmp_path / "target")
+    assert manifest_faults(target) == []
+    spoil(target)
+    faults = manifest_faults(target)
+    assert len(faults) == 1 and faults[0].startswith(expected), faults
+
+
+def test_retire_removes_the_folder_and_its_trash(tmp_path: Path) -> None:
+    retire(publish(tmp_path / "target"))
+    assert names(tmp_path) == set()
+
+
+def test_sweep_removes_leftovers_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / f"{TEMPORARY_PREFIX}step-1").mkdir()
+    (tmp_path / f"{TEMPORARY_PREFIX}step-1" / "half").write_text("x")
+    (tmp_path / f"{TRASH_PREFIX}step-2").mkdir()
+    (tmp_path / f"{TEMPORARY_PREFIX}base.json").write_text("x")
+    kept = {".tmp", ".train", ".trash", "tmp-x", "step-000001", ".lock"}
+    for name in kept:
+        (tmp_path / name).write_text("kept")
+    sweep(tmp_path)
+    assert names(tmp_path) == kept
+
+
+def test_the_lock_names_its_holder_and_is_freed(tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path / "run")
+    with locked(run_dir):
+        pattern = rf"in use by pid {os.getpid()} on \S+ since \d{{4}}-\d\d-\d\d"
+        with pytest.raises(MachineError, match=pattern), locked(run_dir):
+            pytest.fail("two holders")
+        with locked(RunDir(tmp_path / "other")):
+            pass
+    with pytest.raises(ValueError, match="ours"), locked(run_dir):
+        raise ValueError("ours")
+    with locked(run_dir):
+        assert run_dir.lock.read_text().count("pid") == 1
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from qlora_train.artifacts import RunDir, locked
+with locked(RunDir(Path(sys.argv[1]))):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_killed_process_frees_the_lock(tmp_path: Path) -> None:
+    root = Path(str(qlora_train.__file__)).parents[1]
+    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=root, text=True) as holder:
+        try:
+            assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+            with pytest.raises(MachineError, match=f"pid {holder.pid} "), locked(RunDir(tmp_path)):
+                pytest.fail("two holders")
+        finally:
+            holder.send_signal(signal.SIGKILL)
+    with locked(RunDir(tmp_path)):
+        pass

@@ -1,0 +1,170 @@
+"""Checkpoints of a tiny model: saved, found, restored to the bit, and retired."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+
+from qlora_train.adapters.state import adapter_tensors
+from qlora_train.artifacts import MANIFEST, RunDir
+from qlora_train.errors import ResumeError
+from qlora_train.recipe.schema import TrainSection
+from qlora_train.train.checkpoint import (
+    find_checkpoint,
+    list_steps,
+    restore_checkpoint,
+    retire_old,
+    save_checkpoint,
+)
+from qlora_train.train.optim import build_optimizer, optimizer_tensors, trainable_parameters
+from qlora_train.train.state import Binding, TrainState
+from tests.loading import tiny_base, with_adapter
+
+BINDING = Binding("base", "data", "template", {"train.learning_rate": 0.1})
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def model(tiny_llama_dir: Path) -> PeftModel:
+    return with_adapter(tiny_base(tiny_llama_dir, quant_type="none"), target_modules=("q_proj", "down_proj"))
+
+
+@pytest.fixture
+def optimizer(model: PeftModel) -> torch.optim.AdamW:
+    """After one step, so that there is a state."""
+    optimizer = build_optimizer(model, TrainSection(learning_rate=0.01))
+    for parameter in trainable_parameters(model).values():
+        parameter.grad = torch.randn(parameter.shape)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return optimizer
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Iterator[RunDir]:
+    """A run folder; no test may leave a temporary one in it."""
+    run_dir = RunDir(tmp_path)
+    run_dir.recipe.write_text("model: {}\n")
+    yield run_dir
+    assert not [path for path in tmp_path.rglob(".t*")]
+
+
+def copies(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def save(run_dir: RunDir, step: int, model: PeftModel, optimizer: torch.optim.AdamW) -> Path:
+    return save_checkpoint(run_dir, TrainState(step=step), model, optimizer, BINDING).folder
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def test_save_find_restore_to_the_bit(run_dir: RunDir, model: PeftModel, optimizer: torch.optim.AdamW) -> None:
+    state = TrainState(12, 34, 5, 6.5, best_step=12, best_eval_loss=0.5)
+    saved = save_checkpoint(run_dir, state, model, optimizer, BINDING)
+    assert saved.folder == run_dir.checkpoints / "step-000012"
+    names = {path.name for path in saved.folder.iterdir()}
+    assert names == {
+        WEIGHTS, "adapter_config.json", "optimizer.safetensors", "state.json", run_dir.recipe.name, MANIFEST
+    }  # fmt: skip
+    adapter, moments = copies(adapter_tensors(model)), copies(optimizer_tensors(model, optimizer))
+    with torch.no_grad():
+        for parameter in trainable_parameters(model).values():
+            parameter.zero_()
+    fresh = build_optimizer(model, TrainSection(learning_rate=0.01))
+    assert not equal(adapter_tensors(model), adapter)
+
+    found, warnings = find_checkpoint(run_dir)
+    assert found == saved and warnings == []
+    assert restore_checkpoint(found, model, fresh, BINDING) == state
+    assert equal(adapter_tensors(model), adapter) and equal(optimizer_tensors(model, fresh), moments)
+    assert all(parameter.requires_grad for name, parameter in model.named_parameters() if ".lora_" in name)
+
+
+def test_a_checkpoint_of_another_run_changes_nothing(
+    run_dir: RunDir, model: PeftModel, optimizer: torch.optim.AdamW
+) -> None:
+    save(run_dir, 1, model, optimizer)
+    with torch.no_grad():
+        next(iter(trainable_parameters(model).values())).add_(1.0)
+    before = copies(adapter_tensors(model))
+    found, _ = find_checkpoint(run_dir)
+    with pytest.raises(ResumeError, match="the base model"):
+        restore_checkpoint(found, model, optimizer, replace(BINDING, base="another"))
+    assert equal(adapter_tensors(model), before)
+
+
+def test_saving_a_step_again_replaces_it(run_dir: RunDir, model: PeftModel, optimizer: torch.optim.AdamW) -> None:
+    cut(save(run_dir, 3, model, optimizer) / WEIGHTS)
+    with pytest.raises(ResumeError, match=WEIGHTS):
+        find_checkpoint(run_dir, 3)
+    folder = save(run_dir, 3, model, optimizer)
+    assert find_checkpoint(run_dir, 3)[0].folder == folder and list(list_steps(run_dir)) == [3]
+
+
+def test_a_damaged_newest_one_is_passed_over_with_a_warning(
+    run_dir: RunDir, model: PeftModel, optimizer: torch.optim.AdamW
+) -> None:
+    folders = [save(run_dir, step, model, optimizer) for step in (2, 10, 9)]
+    assert list(list_steps(run_dir)) == [2, 9, 10]
+    cut(folders[1] / "optimizer.safetensors")
+    found, warnings = find_checkpoint(run_dir)
+    assert found.step == 9 and len(warnings) == 1
+    assert "step-000010" in warnings[0] and "optimizer.safetensors" in warnings[0]
+    with pytest.raises(ResumeError, match=r"step-000010: optimizer\.safetensors"):
+        find_checkpoint(run_dir, 10)
+    with pytest.raises(ResumeError, match="no checkpoint of step 5; there is: 2, 9, 10"):
+        find_checkpoint(run_dir, 5)
+    for folder in (folders[0], folders[2]):
+        (folder / MANIFEST).unlink()
+    with pytest.raises(ResumeError, match="no complete checkpoint") as caught:
+        find_checkpoint(run_dir)
+    assert all(f"step-{step:06d}" in str(caught.value) for step in (2, 9, 10))
+
+
+def test_nothing_to_find(run_dir: RunDir) -> None:
+    with pytest.raises(ResumeError, match="no complete checkpoint"):
+        find_checkpoint(run_dir)
+    with pytest.raises(ResumeError, match="there is: none"):
+        find_checkpoint(run_dir, 1)
+
+
+def test_list_steps_ignores_other_names(run_dir: RunDir) -> None:
+    others = ("step-1", "step-0000x1", "step-000001.old", "old-step-000001", ".tmp-step-000004-1-a", "step-")
+    for name in (*others, "step-000003", "step-1000000"):
+        (run_dir.checkpoints / name).mkdir(parents=True)
+    assert list(list_steps(run_dir)) == [3, 1_000_000]
+    (run_dir.checkpoints / ".tmp-step-000004-1-a").rmdir()
+
+
+@pytest.mark.parametrize(
+    ("keep", "best", "left"),
+    [
+        (2, 3, [3, 5, 6]),
+        (2, 6, [5, 6]),
+        (1, None, [6]),
+        (1, 1, [1, 6]),
+        (6, 2, [1, 2, 3, 4, 5, 6]),
+        (9, None, [1, 2, 3, 4, 5, 6]),
+        (1, 77, [6]),
+    ],
+)
+def test_retire_old_keeps_the_newest_and_the_best(
+    run_dir: RunDir, keep: int, best: int | None, left: list[int]
+) -> None:
+    for step in range(1, 7):
+        (run_dir.checkpoints / f"step-{step:06d}").mkdir(parents=True)
+    retire_old(run_dir, keep, best)
+    assert list(list_steps(run_dir)) == left
+    assert len(list(run_dir.checkpoints.iterdir())) == len(left)

@@ -1,0 +1,125 @@
+"""One optimiser step on a model whose gradients are known: normalisation, clipping, and refusal of what is not finite."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from qlora_train.data.loader import MicroBatch
+from qlora_train.errors import NumericsError
+from qlora_train.train.step import StepResult, accumulate_gradients, train_step
+
+START = (torch.tensor([1.0, 2.0]), torch.tensor([[3.0], [4.0], [5.0]]))
+
+
+class Linear:
+    """A loss that is linear in its parameters: each supervised token adds `direction`, so gradients are known."""
+
+    def __init__(self, *directions: torch.Tensor) -> None:
+        self.parameters = [nn.Parameter(start.clone()) for start in START]
+        self.directions = directions
+        self.seeds: list[int] = []
+
+    def loss_sum(self, batch: MicroBatch) -> torch.Tensor:
+        self.seeds.append(torch.initial_seed())
+        terms = [(p * d).sum() for p, d in zip(self.parameters, self.directions, strict=True)]
+        return torch.stack(terms).sum() * float(batch.input_ids[0, 0]) * batch.num_supervised_tokens
+
+
+class Engine:
+    """What a step asks of accelerate."""
+
+    device = torch.device("cpu")
+
+    @staticmethod
+    def backward(loss: torch.Tensor) -> None:
+        loss.backward()
+
+
+def batch(scale: int, num_supervised: int, row: int = 0) -> MicroBatch:
+    ids = torch.tensor([[scale, 0, 0]])
+    return MicroBatch(ids, ids.clone(), num_supervised, (row,), (3,))
+
+
+def step(model: Any, batches: list[MicroBatch], max_grad_norm: float, lr: float = 1.0) -> StepResult:
+    optimizer = torch.optim.SGD(model.parameters, lr=123.0)
+    engine: Any = Engine()
+    return train_step(
+        model, batches, optimizer, engine, seed=0, step=4, learning_rate=lr, max_grad_norm=max_grad_norm
+    )
+
+
+def update(model: Linear) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """New minus old, all parameters in one vector."""
+    parts = [(p.detach() - start).double().flatten() for p, start in zip(model.parameters, START, strict=True)]
+    return torch.cat(parts).numpy()
+
+
+DIRECTIONS = (torch.tensor([2.0, -4.0]), torch.tensor([[4.0], [0.0], [8.0]]))
+GRADIENT = np.array([2.0, -4.0, 4.0, 0.0, 8.0])  # norm 10
+
+
+@pytest.mark.parametrize("limit", [0.25, 1.0, 9.0])
+def test_clipping_shortens_the_gradient_to_the_limit_and_keeps_its_direction(limit: float) -> None:
+    model = Linear(*DIRECTIONS)
+    result = step(model, [batch(1, 2)], limit)
+    assert result.grad_norm == 10.0, "the norm before clipping"
+    # START is up to 5, with a last place of 4.8e-7.
+    np.testing.assert_allclose(update(model), -GRADIENT * limit / 10, rtol=0, atol=1e-6)
+    assert np.linalg.norm(update(model)) == pytest.approx(limit, abs=2e-6)
+
+
+@pytest.mark.parametrize("limit", [0.0, 10.0, 10.5, 1e9])
+def test_no_clipping_at_zero_nor_below_the_limit(limit: float) -> None:
+    model = Linear(*DIRECTIONS)
+    result = step(model, [batch(1, 2)], limit)
+    assert result.grad_norm == 10.0 and np.array_equal(update(model), -GRADIENT)
+
+
+def test_the_learning_rate_of_the_step_is_used() -> None:
+    model = Linear(*DIRECTIONS)
+    step(model, [batch(1, 2)], 0.0, lr=0.5)
+    assert np.array_equal(update(model), -GRADIENT / 2)
+
+
+def test_gradients_are_gone_after_the_step_and_tokens_are_counted() -> None:
+    model = Linear(*DIRECTIONS)
+    result = step(model, [batch(1, 2), batch(1, 3)], 0.0)
+    assert all(p.grad is None for p in model.parameters)
+    assert (result.num_tokens, result.num_supervised_tokens) == (6, 5)
+
+
+def test_micro_batches_weigh_by_their_supervised_tokens() -> None:
+    """Three tokens of scale 1 and one of scale 5: the mean is 2, and the mean of the two means would be 3."""
+    model, engine = Linear(*DIRECTIONS), Engine()
+    per_token = float((DIRECTIONS[0] * START[0]).sum() + (DIRECTIONS[1] * START[1]).sum())
+    loss = accumulate_gradients(model, [batch(1, 3), batch(5, 1)], engine, seed=0, step=0)  # type: ignore[arg-type]
+    assert loss == pytest.approx(2 * per_token, rel=1e-6)
+    assert torch.equal(model.parameters[0].grad, 2 * DIRECTIONS[0])  # type: ignore[arg-type]
+
+
+def test_dropout_is_seeded_by_seed_step_and_micro_step() -> None:
+    model, engine = Linear(*DIRECTIONS), Engine()
+    for seed, at in ((0, 0), (0, 1), (1, 0), (0, 0)):
+        accumulate_gradients(model, [batch(1, 1)] * 2, engine, seed=seed, step=at)  # type: ignore[arg-type]
+    assert len(set(model.seeds[:6])) == 6 and model.seeds[6:] == model.seeds[:2]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_stops_before_the_update_and_names_the_rows(value: float) -> None:
+    model = Linear(torch.tensor([value, 1.0]), DIRECTIONS[1])
+    with pytest.raises(NumericsError, match=r"step 5: .*rows \[7, 8\]"):
+        step(model, [batch(1, 1, row=7), batch(1, 1, row=8)], 1.0)
+    assert not update(model).any() and all(p.grad is None for p in model.parameters)
+
+
+def test_a_gradient_that_alone_is_not_finite_stops_too() -> None:
+    model = Linear(*DIRECTIONS)
+    model.parameters[0].register_hook(lambda grad: grad * float("inf"))
+    with pytest.raises(NumericsError, match="gradient norm (inf|nan)"):
+        step(model, [batch(1, 1)], 1.0)
+    assert not update(model).any()
