@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import os
 import platform
+from pathlib import Path
 from typing import Any
 
 PACKAGES = (
@@ -31,8 +33,17 @@ def versions() -> dict[str, str]:
     return found
 
 
+def code_sha256() -> str:
+    """One hash over this package's own source files: what exactly ran."""
+    folder = Path(__file__).resolve().parent
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
 def environment() -> dict[str, Any]:
-    """Versions, processor, threads and CUDA devices; no names of users, hosts or folders."""
+    """Versions, processor, threads, CUDA devices and the hash of our code; no names of users, hosts or folders."""
     import torch
 
     cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -45,4 +56,5 @@ def environment() -> dict[str, Any]:
         "cuda": torch.version.cuda if cuda else None,
         "cuda_devices": cuda,
         "versions": versions(),
+        "code_sha256": code_sha256(),
     }

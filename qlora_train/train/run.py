@@ -22,6 +22,7 @@ from qlora_train.artifacts import (
     publishing,
     read_json,
     retire,
+    sha256_file,
     sweep,
     write_file,
     write_json,
@@ -171,10 +172,12 @@ def _write_facts(loaded: LoadedRecipe, prepared: Prepared) -> None:
     run_dir = prepared.job.run_dir
     write_file(run_dir.recipe, resolved_yaml(loaded).encode())
     write_json(run_dir.environment, environment())
-    write_json(run_dir.base, prepared.base.print.as_dict())
-    inputs = prepared.inputs
+    inputs, section = prepared.inputs, loaded.recipe.data
+    source = {"name": inputs.source.name, "commit": inputs.source.commit, "file_sha256": inputs.source.file_sha256}
+    write_json(run_dir.base, {"source": source, **prepared.base.print.as_dict()})
     splits = {split.audit.split: split.audit.as_dict() for split in (inputs.train, inputs.eval) if split}
-    write_json(run_dir.data, {**splits, "padding_frac": prepared.job.loader.padding_frac(0)})
+    files = {str(path): sha256_file(path) for path in (*section.train, *section.eval)}
+    write_json(run_dir.data, {**splits, "padding_frac": prepared.job.loader.padding_frac(0), "files": files})
 
 
 def _describe(prepared: Prepared, reporter: Reporter) -> None:

@@ -12,7 +12,14 @@ import pytest
 from tests.structure.source_tree import ROOT, parse, python_files, relative
 
 # Every recipe, relative to recipes/. A new one is added here, so that none can be left out of the tests unseen.
-RECIPES = {"quickstart.yaml"}
+RECIPES = {
+    "jargon.yaml",
+    "llama3-70b-48gb.yaml",
+    "llama3-8b-12gb.yaml",
+    "quickstart.yaml",
+    "qwen3-32b-24gb.yaml",
+    "spelling.yaml",
+}
 
 WITH_DOCTESTS = [path for path in python_files("qlora_train") if ">>> " in path.read_text(encoding="utf-8")]
 

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_train.environment import versions
-
 ROOT = Path(__file__).resolve().parent.parent.parent
 WORK = ROOT / "runs" / "prove"
-FINGERPRINT = "proof.json"
 
 
 @dataclass(frozen=True)
@@ -63,29 +58,28 @@ def fresh(folder: Path) -> Path:
     return folder
 
 
-def fingerprint(files: Sequence[Path]) -> dict[str, Any]:
-    """What a run depends on: the package's code, the given files (recipe, data, model), and the libraries."""
-    code = hashlib.sha256()
-    for path in sorted((ROOT / "qlora_train").rglob("*.py")):
-        code.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
-    inputs = {path.name + str(index): hashlib.sha256(path.read_bytes()).hexdigest() for index, path in enumerate(files)}
-    return {"code": code.hexdigest(), "inputs": inputs, "versions": versions()}
+def earlier(folder: Path, recipe: Path) -> dict[str, Any] | None:
+    """The result of an earlier run of the same code, libraries, recipe, data and model, if all verify; else None."""
+    from qlora_train.artifacts import RunDir, manifest_faults, sha256_file
+    from qlora_train.environment import environment
+    from qlora_train.errors import UserError
+    from qlora_train.model.source import resolve_source
+    from qlora_train.recipe.load import load_recipe, load_resolved
 
-
-def earlier(folder: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
-    """The result of an earlier run whose fingerprint is the wanted one and whose adapter verifies; else None."""
-    from qlora_train.artifacts import manifest_faults
-
+    run = RunDir(folder)
     try:
-        stored = json.loads((folder / FINGERPRINT).read_text(encoding="utf-8"))
-        if stored != wanted or manifest_faults(folder / "adapter"):
-            return None
-        result: dict[str, Any] = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        result: dict[str, Any] = json.loads(run.summary.read_text(encoding="utf-8"))
+        then, now = json.loads(run.environment.read_text(encoding="utf-8")), environment()
+        wanted = load_recipe(recipe, [f"run.dir={folder}"]).recipe
+        files = json.loads(run.data.read_text(encoding="utf-8"))["files"]
+        base = json.loads(run.base.read_text(encoding="utf-8"))["source"]
+        same = (
+            all(then[key] == now[key] for key in ("code_sha256", "versions", "cpu_capability")),
+            load_resolved(run.recipe) == wanted,
+            files == {path: sha256_file(Path(path)) for path in files},
+            base["file_sha256"] == resolve_source(wanted.model).file_sha256,
+            not manifest_faults(run.adapter),
+        )
+    except (OSError, ValueError, KeyError, UserError):
         return None
-    return result
-
-
-def remember(folder: Path, print_: dict[str, Any]) -> None:
-    """Write beside a finished run what it depended on."""
-    (folder / FINGERPRINT).write_text(json.dumps(print_, indent=1), encoding="utf-8")
+    return result if all(same) else None

@@ -26,6 +26,11 @@ from qlora_train.adapters.state import (
 from qlora_train.errors import ModelError
 
 
+def read(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file as copies: what `load_file` gives is mapped, and the file is about to be overwritten."""
+    return {name: tensor.clone() for name, tensor in load_file(path).items()}
+
+
 def model() -> PeftModel:
     """Two adapted layers of a plain model; B is random."""
     plain = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 16))
@@ -94,7 +99,7 @@ def test_weights_that_are_missing_are_refused(folder: Path) -> None:
 
 def test_weights_that_are_cut_or_not_finite_are_refused(folder: Path) -> None:
     path = folder / WEIGHTS
-    whole, tensors = path.read_bytes(), load_file(path)
+    whole, tensors = path.read_bytes(), read(path)
     assert read_adapter_tensors(folder).keys() == tensors.keys()
     for content in (whole[:-1], whole[:4], b""):
         path.write_bytes(content)
@@ -111,7 +116,7 @@ def test_restoring_brings_every_bit_back(folder: Path) -> None:
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.add_(1.0)
-    saved = load_file(folder / WEIGHTS)
+    saved = read(folder / WEIGHTS)
     assert not torch.equal(adapter_tensors(other)[min(saved)], saved[min(saved)])
     restore_adapter(other, folder)
     found = adapter_tensors(other)
@@ -147,7 +152,7 @@ MISMATCHES: dict[Callable[[dict[str, torch.Tensor]], None], str] = {
 def test_a_mismatch_is_described_and_nothing_is_restored(
     folder: Path, spoil: Callable[[dict[str, torch.Tensor]], None]
 ) -> None:
-    tensors = load_file(folder / WEIGHTS)
+    tensors = read(folder / WEIGHTS)
     own = {name: tensor.clone() for name, tensor in tensors.items()}
     assert describe_mismatch(own, tensors) == ""
     spoil(tensors)

@@ -51,7 +51,7 @@ def run_dir(tmp_path: Path) -> Iterator[RunDir]:
     run_dir = RunDir(tmp_path)
     run_dir.recipe.write_text("model: {}\n")
     yield run_dir
-    assert not [path for path in tmp_path.rglob(".t*")]
+    assert not list(tmp_path.rglob(".t*"))
 
 
 def copies(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

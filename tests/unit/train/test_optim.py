@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -48,9 +49,9 @@ def test_lr_factor_equals_its_closed_form_at_every_step(schedule: str, warmup_fr
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_lr_rises_to_its_peak_and_never_rises_again(schedule: str) -> None:
     factors = [lr_factor(step, 40, 0.25, schedule) for step in range(40)]
-    rising = [later - earlier for earlier, later in zip(factors[:11], factors[1:11], strict=False)]
+    rising = [later - earlier for earlier, later in pairwise(factors[:11])]
     assert factors[10] == 1.0 and all(step == pytest.approx(1 / 11) for step in rising)
-    assert all(later <= earlier for earlier, later in zip(factors[10:], factors[11:], strict=False))
+    assert all(later <= earlier for earlier, later in pairwise(factors[10:]))
     assert (factors[-1] < 0.05) == (schedule != "constant")
 
 

@@ -84,5 +84,5 @@ def test_unknown_and_missing_counters_are_refused() -> None:
     with pytest.raises(ResumeError, match="epoch"):
         TrainState.from_dict({**data, "epoch": 1})
     del data["best_step"]
-    with pytest.raises(ResumeError, match="expected .*best_step"):
+    with pytest.raises(ResumeError, match=r"expected .*best_step"):
         TrainState.from_dict(data)

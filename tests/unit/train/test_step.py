@@ -1,4 +1,4 @@
-"""One optimiser step on a model whose gradients are known: normalisation, clipping, and refusal of what is not finite."""
+"""One optimiser step on a model whose gradients are known: normalisation, clipping, what is not finite."""
 
 from __future__ import annotations
 
@@ -48,9 +48,7 @@ def batch(scale: int, num_supervised: int, row: int = 0) -> MicroBatch:
 def step(model: Any, batches: list[MicroBatch], max_grad_norm: float, lr: float = 1.0) -> StepResult:
     optimizer = torch.optim.SGD(model.parameters, lr=123.0)
     engine: Any = Engine()
-    return train_step(
-        model, batches, optimizer, engine, seed=0, step=4, learning_rate=lr, max_grad_norm=max_grad_norm
-    )
+    return train_step(model, batches, optimizer, engine, seed=0, step=4, learning_rate=lr, max_grad_norm=max_grad_norm)
 
 
 def update(model: Linear) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -120,6 +118,6 @@ def test_what_is_not_finite_stops_before_the_update_and_names_the_rows(value: fl
 def test_a_gradient_that_alone_is_not_finite_stops_too() -> None:
     model = Linear(*DIRECTIONS)
     model.parameters[0].register_hook(lambda grad: grad * float("inf"))
-    with pytest.raises(NumericsError, match="gradient norm (inf|nan)"):
+    with pytest.raises(NumericsError, match=r"gradient norm (inf|nan)"):
         step(model, [batch(1, 1)], 1.0)
     assert not update(model).any()

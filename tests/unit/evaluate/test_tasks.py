@@ -1,0 +1,109 @@
+"""Scores of an answer, and answers that do not depend on how questions meet in a batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from qlora_train.evaluate.tasks import Question, answer, encode_prompts, end_token_ids, mean_scores, score
+from qlora_train.model.skeleton import load_tokenizer
+from qlora_train.model.source import Source
+from tests.loading import tiny_base
+
+
+def question(prompt: str, reference: str = "", *, special: bool = False) -> Question:
+    return Question(where="f:1", asked=prompt, prompt=prompt, reference=reference, add_special_tokens=special)
+
+
+@pytest.mark.parametrize(
+    ("text", "reference", "exact", "first", "similarity"),
+    [
+        ("ls -l", "ls -l", 1, 1, 1.0),
+        ("  ls -l\n", "ls -l ", 1, 1, 1.0),
+        ("ls  -l", "ls -l", 0, 1, 10 / 11),
+        ("LS -l", "ls -l", 0, 0, 6 / 10),
+        ("ls", "ls -l", 0, 1, 4 / 7),
+        ("du -h", "ls -l", 0, 0, 4 / 10),
+        ("", "ls", 0, 0, 0.0),
+        ("", "", 1, 1, 1.0),
+        (" \n", "", 1, 1, 1.0),
+        ("é", "é", 1, 1, 1.0),
+    ],
+)
+def test_scores_of_one_answer(text: str, reference: str, exact: float, first: float, similarity: float) -> None:
+    found = score(question("?", reference), text)
+    assert (found.exact_match, found.first_word) == (exact, first)
+    assert found.char_similarity == pytest.approx(similarity) and found.text == text.strip()
+
+
+def test_similarity_does_not_ignore_frequent_characters() -> None:
+    """difflib's automatic junk rule starts at 200 characters."""
+    assert score(question("?", "a" * 300), "a" * 299 + "b").char_similarity == pytest.approx(299 / 300)
+
+
+def test_mean_scores() -> None:
+    answers = [score(question("?", "ls -l"), text) for text in ("ls -l", "ls", "", "du")]
+    means = mean_scores(answers)
+    assert (means.num_answers, means.exact_match, means.first_word) == (4, 0.25, 0.5)
+    assert means.char_similarity == pytest.approx(sum(a.char_similarity for a in answers) / 4)
+    assert mean_scores([]).num_answers == 0 and mean_scores([]).exact_match == 0
+
+
+@pytest.mark.parametrize(
+    ("configured", "expected"), [(None, [2]), (2, [2]), (7, [2, 7]), ([7, 0], [0, 2, 7]), ([], [2])]
+)
+def test_end_token_ids(configured: object, expected: list[int]) -> None:
+    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=configured))
+    assert end_token_ids(model, SimpleNamespace(eos_token_id=2)) == expected
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_llama_dir: Path) -> Any:
+    return load_tokenizer(Source("tiny", tiny_llama_dir))
+
+
+PROMPTS = (
+    "List the files of the current directory, newest first, with their sizes.",
+    "df",
+    "Which command shows how much space is left on the disk?",
+    "user",
+    "The quick brown fox jumps over the lazy dog while 0123456789 numbers are counted.",
+    "Copy the folder",
+)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_answers_keep_their_order_whatever_the_batch_size(training: bool, tokenizer: Any, tiny_llama_dir: Path) -> None:
+    model = tiny_base(tiny_llama_dir).model.train(training)
+    questions = [question(prompt) for prompt in PROMPTS]
+    runs = [answer(model, tokenizer, questions, max_new_tokens=6, batch_size=size) for size in (1, 4, 100)]
+    for found in runs:
+        assert [a.question for a in found] == questions
+        assert [a.text for a in found] == [a.text for a in runs[0]]
+    texts = [a.text for a in runs[0]]
+    assert len(set(texts)) > 3 and any(texts), "negative control: the prompts have different answers"
+    swapped = answer(model, tokenizer, questions[::-1], max_new_tokens=6, batch_size=2)
+    assert [a.text for a in swapped] == texts[::-1]
+    assert model.training == training
+    assert answer(model, tokenizer, [], max_new_tokens=6, batch_size=4) == []
+
+
+def test_the_mode_is_restored_after_a_failure(tokenizer: Any, tiny_llama_dir: Path) -> None:
+    model = tiny_base(tiny_llama_dir, quant_type="none").model.train()
+    with pytest.raises(AssertionError, match="share a batch"):
+        mixed = [question("a"), question("b", special=True)]
+        answer(model, tokenizer, mixed, max_new_tokens=1, batch_size=2)
+    assert model.training
+
+
+def test_prompts_are_padded_on_the_left_with_a_mask(tokenizer: Any) -> None:
+    side = tokenizer.padding_side
+    encoded = encode_prompts(tokenizer, [question(PROMPTS[0]), question("df")])
+    ids, mask = encoded["input_ids"], encoded["attention_mask"]
+    short = len(tokenizer("df", add_special_tokens=False)["input_ids"])
+    assert mask[1].tolist() == [0] * (ids.shape[1] - short) + [1] * short and bool(mask[0].all())
+    assert tokenizer.padding_side == side
+    assert tokenizer.decode(ids[1][mask[1].bool()]) == "df"

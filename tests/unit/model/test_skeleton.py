@@ -1,0 +1,178 @@
+"""What can be refused from a config alone: targets, widths, vocabulary, length, tokenizer."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import GPTNeoXConfig, LlamaConfig, Phi3Config, T5Config
+
+from qlora_train.errors import ModelError
+from qlora_train.model.skeleton import (
+    build_skeleton,
+    check_length,
+    check_shapes,
+    check_targets,
+    check_vocabulary,
+    head_name,
+    linear_layers,
+    load_config,
+    load_tokenizer,
+    name_table,
+)
+from qlora_train.model.source import Source
+from tests.tiny import SIZES, build_tiny_tokenizer
+
+
+def llama(**changes: Any) -> nn.Module:
+    return build_skeleton(LlamaConfig(**{**SIZES, "num_key_value_heads": 2, **changes}))
+
+
+@pytest.fixture(scope="module")
+def skeleton() -> nn.Module:
+    return llama()
+
+
+@pytest.fixture
+def folder(tiny_llama_dir: Path, tmp_path: Path) -> Path:
+    """Config and tokenizer only: a skeleton needs no weights."""
+    shutil.copytree(tiny_llama_dir, tmp_path / "m", ignore=shutil.ignore_patterns("*.safetensors"))
+    return tmp_path / "m"
+
+
+def test_a_skeleton_has_modules_and_no_memory(skeleton: nn.Module) -> None:
+    assert {parameter.device.type for parameter in skeleton.parameters()} == {"meta"}
+    assert {parameter.device.type for parameter in llama(num_hidden_layers=400).parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [LlamaConfig(**SIZES), GPTNeoXConfig(**SIZES), Phi3Config(**SIZES, num_key_value_heads=2)],
+    ids=lambda c: c.model_type,
+)
+def test_the_head_is_found_and_is_no_linear_layer_to_adapt(config: Any) -> None:
+    model = build_skeleton(config)
+    name = head_name(model)
+    head = model.get_submodule(name)
+    assert isinstance(head, nn.Linear) and head.out_features == SIZES["vocab_size"]
+    everything = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    assert everything - set(linear_layers(model)) == {name}
+
+
+def test_an_encoder_is_no_causal_model() -> None:
+    with pytest.raises(ModelError, match="'t5'"):
+        build_skeleton(T5Config(d_model=64, num_layers=1, d_ff=64, num_heads=2, vocab_size=64))
+
+
+def test_name_table_counts_last_names(skeleton: nn.Module) -> None:
+    assert name_table(["a.x", "b.x", "y"]) == {"x": 2, "y": 1}
+    assert set(name_table(linear_layers(skeleton)).values()) == {2}
+
+
+@pytest.mark.parametrize(
+    "targets", ["all-linear", ("q_proj",), ("self_attn.v_proj", "mlp.up_proj"), ("model.layers.0.mlp.up_proj",)]
+)
+def test_targets_that_match(skeleton: nn.Module, targets: str | tuple[str, ...]) -> None:
+    check_targets(skeleton, targets)
+
+
+@pytest.mark.parametrize(
+    ("target", "near"), [("q_projj", "q_proj"), ("up_prj", "up_proj"), ("proj", "proj"), ("lm_head", "q_proj")]
+)
+def test_a_target_that_matches_nothing_names_the_nearest(skeleton: nn.Module, target: str, near: str) -> None:
+    """Neither a part of a name nor the head is a match."""
+    with pytest.raises(ModelError) as caught:
+        check_targets(skeleton, ("v_proj", target))
+    message = str(caught.value)
+    assert f"'{target}' matches no linear layer, nearest: " in message and "'v_proj' matches" not in message
+    nearest = message.partition("nearest: ")[2].partition(". Fix")[0]
+    assert near in nearest and "k_proj (2 layers)" in message
+
+
+def test_every_target_that_matches_nothing_is_named(skeleton: nn.Module) -> None:
+    with pytest.raises(ModelError, match=r"'wq' matches no linear layer.*'wv' matches no linear layer"):
+        check_targets(skeleton, ("wq", "q_proj", "wv"))
+
+
+def test_a_model_without_linear_layers_is_refused() -> None:
+    class Headed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lm_head = nn.Linear(4, 4)
+
+        def get_output_embeddings(self) -> nn.Linear:
+            return self.lm_head
+
+    with pytest.raises(ModelError, match="no linear layer to adapt"):
+        check_targets(Headed(), "all-linear")
+
+
+@pytest.mark.parametrize(
+    ("width", "block_size", "fits"),
+    [(128, 64, True), (128, 128, True), (128, 256, False), (192, 64, True), (192, 32, True), (192, 128, False),
+     (96, 32, False), (96, 64, False)],
+)  # fmt: skip
+def test_widths_that_a_cpu_gets_wrong(width: int, block_size: int, fits: bool) -> None:
+    """64 at least, whatever the block size; the MLP's width is a multiple of all."""
+    model = llama(hidden_size=width, num_attention_heads=2, intermediate_size=512)
+    if fits:
+        check_shapes(model, block_size)
+        return
+    with pytest.raises(ModelError, match=rf"multiple of {max(64, block_size)}, first .*_proj with {width}"):
+        check_shapes(model, block_size)
+
+
+def test_the_vocabulary_must_fit_the_embedding() -> None:
+    tokenizer = build_tiny_tokenizer()
+    for vocab_size in (len(tokenizer), len(tokenizer) + 64):
+        check_vocabulary(tokenizer, LlamaConfig(**{**SIZES, "vocab_size": vocab_size}))
+    with pytest.raises(ModelError, match=f"has {len(tokenizer)} tokens, the model's embedding {len(tokenizer) - 1}"):
+        check_vocabulary(tokenizer, LlamaConfig(**{**SIZES, "vocab_size": len(tokenizer) - 1}))
+
+
+def test_rows_must_not_be_longer_than_the_positions() -> None:
+    config = LlamaConfig(**SIZES)
+    check_length(config, 512)
+    with pytest.raises(ModelError, match="513, the model knows 512 positions"):
+        check_length(config, 513)
+
+
+def test_the_tokenizer_gets_a_pad_token_and_the_recipe_s_template(folder: Path, tmp_path: Path) -> None:
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    del config["pad_token"]
+    file.write_text(json.dumps(config))
+    (tmp_path / "chat.jinja").write_text("{{ messages }}é", encoding="utf-8")
+    own = load_tokenizer(Source("tiny", folder))
+    assert own.pad_token_id == own.eos_token_id is not None
+    assert "im_start" in own.chat_template
+    assert load_tokenizer(Source("tiny", folder), tmp_path / "chat.jinja").chat_template == "{{ messages }}é"
+
+
+def test_a_tokenizer_without_an_end_is_refused(folder: Path) -> None:
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    for key in ("eos_token", "pad_token"):
+        config.pop(key)
+    file.write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="no end token"):
+        load_tokenizer(Source("tiny", folder))
+
+
+def test_a_missing_tokenizer_and_an_unknown_model_type_are_refused(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match="the tokenizer does not load"):
+        load_tokenizer(Source("tiny", folder))
+    (folder / "config.json").write_text('{"model_type": "no-such-architecture"}')
+    with pytest.raises(ModelError, match=r"tiny: config\.json is not usable"):
+        load_config(Source("tiny", folder))
+
+
+def test_the_config_s_own_dtype_is_no_surprise(folder: Path) -> None:
+    config = load_config(Source("tiny", folder))
+    assert config.model_type == "llama" and config.dtype in (torch.bfloat16, "bfloat16")
