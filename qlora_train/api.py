@@ -24,7 +24,7 @@ from qlora_train.model.causal import CausalModel
 from qlora_train.model.load import resolve_device
 from qlora_train.model.skeleton import linear_layers, load_tokenizer, name_table
 from qlora_train.model.source import Source
-from qlora_train.model.trained import load_trained, open_run
+from qlora_train.model.trained import load_trained, open_run, refuse_other_base
 from qlora_train.recipe.load import LoadedRecipe, load_recipe
 from qlora_train.train.metrics import Reporter, Silent
 from qlora_train.train.run import TrainResult, run_training
@@ -66,7 +66,10 @@ class EvalResult:
 
 
 def check(recipe: Path, overrides: Sequence[str] = ()) -> CheckResult:
-    """Validate recipe, data, tokenizer and model config against each other; weights are neither read nor downloaded."""
+    """Validate recipe, data, tokenizer and model config against each other, without weights.
+
+    Weights are neither read nor downloaded, but for a GGUF file, which is dequantised into the cache once.
+    """
     loaded = load_recipe(recipe, overrides)
     section = loaded.recipe.train
     inputs = load_inputs(loaded.recipe, weights=False)
@@ -110,8 +113,8 @@ def evaluate(run: Path, overrides: Sequence[str] = (), *, rows: Path | None = No
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"eval": (rows,)})})
     if not recipe.data.eval:
         raise DataError("the recipe names no held-out rows", fix="give a file: qlora-train eval RUN --rows FILE")
+    split = load_split(recipe.data, "eval", finished.tokenizer(finished.source()), recipe.run.seed)
     trained = load_trained(finished)
-    split = load_split(recipe.data, "eval", trained.tokenizer, recipe.run.seed)
     causal = CausalModel(trained.model)
     adapter = score_side(causal, trained.tokenizer, split, recipe.eval)
     with trained.model.disable_adapter():
@@ -129,18 +132,24 @@ def export(run: Path, target: Path, overrides: Sequence[str] = ()) -> ExportResu
     return run_export(open_run(run, overrides, sections=("export",)), target)
 
 
-def open_chat(
-    folder: Path, *, adapters: Sequence[Path] = (), system: str | None = None, device: str = "auto"
-) -> ChatSession:
+def open_chat(folder: Path, *, adapters: Sequence[Path] = (), system: str | None = None) -> ChatSession:
     """A conversation with a run (its base with its adapter) or with an exported folder.
 
     `adapters` are further runs on the same base; each goes by its folder's name.
     """
     if RunDir(folder).recipe.is_file():
         trained = load_trained(open_run(folder))
-        session = ChatSession(trained.model, trained.tokenizer, system=system, name=folder.resolve().name)
+        session = ChatSession(
+            trained.model,
+            trained.tokenizer,
+            system=system,
+            name=folder.resolve().name,
+            conversations=trained.conversations,
+        )
         for other in adapters:
-            session.add_adapter(other.resolve().name, RunDir(other).adapter)
+            further = open_run(other)
+            refuse_other_base(further.base_print, trained.base.print)
+            session.add_adapter(other.resolve().name, further.run_dir.adapter)
         return session
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} is neither a run folder nor a model folder", fix="name run.dir or an export")
@@ -148,7 +157,7 @@ def open_chat(
         raise ModelError("an exported model takes no adapter", fix="chat with a run folder instead")
     import torch
 
-    model = load_merged(folder, torch.bfloat16, resolve_device(device))
+    model = load_merged(folder, torch.bfloat16, resolve_device("auto"))
     return ChatSession(model, load_tokenizer(Source(str(folder), folder)), system=system)
 
 

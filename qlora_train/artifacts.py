@@ -56,6 +56,11 @@ class RunDir:
         return self.root / "metrics.jsonl"
 
     @property
+    def chat_template(self) -> Path:
+        """The chat template that the rows were rendered with, where there is one."""
+        return self.root / "chat_template.jinja"
+
+    @property
     def evaluation(self) -> Path:
         """Base against adapter on held-out rows."""
         return self.root / "eval.json"
@@ -84,7 +89,7 @@ class RunDir:
         """What a run writes before its first checkpoint, and writes anew when it starts again."""
         return (
             *(self.recipe, self.environment, self.base, self.data, self.evaluation, self.metrics),
-            *(self.checkpoints, self.lock),
+            *(self.chat_template, self.checkpoints, self.lock),
         )
 
 
@@ -109,7 +114,8 @@ def write_file(path: Path, content: bytes) -> None:
             temporary.replace(path)
             fsync_dir(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -180,7 +186,7 @@ def manifest_faults(folder: Path) -> list[str]:
     try:
         files: dict[str, dict[str, Any]] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         expected = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return [f"{MANIFEST}: {type(error).__name__}: {error}"]
     present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - {MANIFEST}
     faults = [f"{name}: not in {MANIFEST}" for name in sorted(present - set(expected))]

@@ -72,7 +72,7 @@ def flat(text: str, limit: int = 100) -> str:
 def main() -> None:
     """Train, export, show."""
     started = time.perf_counter()
-    checkpoints = (ROOT / RUN / "ckpt").is_dir()
+    checkpoints = any((ROOT / RUN / "ckpt").glob("step-*"))
     run_verb("train", str(RECIPE), *(["--resume"] if checkpoints else []))
     if (ROOT / MERGED).is_dir():
         print(f"\n{MERGED} exists: exported before")

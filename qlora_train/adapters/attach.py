@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from qlora_train.adapters.layers import lora_layers, register_layers
-from qlora_train.adapters.state import load_adapter_config
+from qlora_train.adapters.state import load_adapter_config, restore_adapter
 from qlora_train.errors import ModelError
 from qlora_train.recipe.methods import METHODS
 from qlora_train.recipe.schema import AdapterSection
@@ -63,12 +63,15 @@ def attach_adapter(model: nn.Module, section: AdapterSection, seed: int, *, base
     return peft_model
 
 
-def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False) -> PeftModel:
+def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False, dropout: float | None = None) -> PeftModel:
     """A PeftModel over `model` with the adapter of a folder in PEFT's format. Strict: ModelError names what is off."""
     config = load_adapter_config(folder)
-    peft_model: PeftModel = PeftModel.from_pretrained(
-        model, str(folder), config=register_layers(config), is_trainable=trainable, use_safetensors=True
-    )
+    if dropout is not None:
+        config.lora_dropout = dropout
+    config.inference_mode = not trainable
+    with torch.random.fork_rng(devices=[]):
+        peft_model = get_peft_model(model, register_layers(config))
+    restore_adapter(peft_model, folder)
     check_attached(peft_model)
     return peft_model
 
@@ -83,14 +86,13 @@ def _continue_from(model: nn.Module, section: AdapterSection) -> PeftModel:
         raise ModelError(
             f"adapter.init_from: {section.init_from}: {what}", fix="write the adapter's own values in the recipe"
         )
-    config.lora_dropout = section.dropout
-    return load_adapter(model, section.init_from, trainable=True)
+    return load_adapter(model, section.init_from, trainable=True, dropout=section.dropout)
 
 
 def check_attached(model: PeftModel) -> None:
     """Every adapter module must be one of ours, of the declared shape, in float32, and nothing else may train."""
     layers = lora_layers(model)
-    adapted = {name.partition(".lora_A.")[0] for name, _ in model.named_parameters() if ".lora_A." in name}
+    adapted = {name.partition(".lora_")[0] for name, _ in model.named_parameters() if ".lora_" in name}
     if foreign := sorted(adapted - set(layers)):
         kind = type(model.get_submodule(foreign[0]).get_base_layer()).__name__
         raise ModelError(

@@ -44,6 +44,8 @@ def load_adapter_config(folder: Path) -> LoraConfig:
         data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"{path}: {error}", fix="name a folder with an adapter in PEFT's format") from error
+    if not isinstance(data, dict):
+        raise ModelError(f"{path} holds no JSON object", fix="restore the file")
     if data.get("peft_type") != "LORA":
         raise ModelError(f"{path}: peft_type is {data.get('peft_type')!r}", fix="use a LoRA adapter")
     if not all(isinstance(data.get(k), int | float) and math.isfinite(data[k]) for k in ("r", "lora_alpha")):
@@ -73,7 +75,9 @@ def restore_adapter(model: PeftModel, folder: Path) -> None:
     """Copy an adapter folder's tensors into an attached adapter: same names, same shapes, float32, to the bit."""
     own, tensors = adapter_tensors(model), read_adapter_tensors(folder)
     if problems := describe_mismatch(own, tensors):
-        raise ModelError(f"{folder / WEIGHTS}: {problems}", fix="resume with the recipe and base of this checkpoint")
+        raise ModelError(
+            f"{folder / WEIGHTS}: {problems}", fix="use the adapter with the base and recipe it belongs to"
+        )
     set_peft_model_state_dict(model, tensors)
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, ParamSpec
+from types import FrameType
+from typing import Annotated, Any, NoReturn, ParamSpec
 
 import typer
 
@@ -45,6 +47,10 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")
 
 
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    raise Interrupted(number, "stopped; nothing half-written was left")
+
+
 def verb(function: Callable[P, None]) -> Callable[P, None]:
     """Turn the errors of a verb into a message and an exit code."""
 
@@ -54,6 +60,8 @@ def verb(function: Callable[P, None]) -> Callable[P, None]:
         from qlora_train.cli.console import silence_libraries
 
         silence_libraries()
+        # A verb without a handler of its own must still run its clean-up: temporary folders go.
+        signal.signal(signal.SIGTERM, _terminate)
         try:
             function(*args, **kwargs)
         except UserError as error:

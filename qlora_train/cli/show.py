@@ -52,9 +52,8 @@ def check(result: CheckResult, *, list_modules: bool) -> None:
     """The audit lines, and the first rows with what is trained in bold green."""
     for audit in result.audits:
         _console.print(Text(audit.summary()))
-        for fate in audit.fates[:20]:
-            if fate.fate != "not_selected":
-                _console.print(Text(f"  {fate.where}: {fate.fate}: {printable(fate.reason)}"))
+        for fate in [fate for fate in audit.fates if fate.fate != "not_selected"][:20]:
+            _console.print(Text(f"  {fate.where}: {fate.fate}: {printable(fate.reason)}"))
     _console.print(
         Text(f"{result.num_params / 1e6:,.1f}M parameters; {result.steps_per_epoch:,} optimiser steps per epoch")
     )

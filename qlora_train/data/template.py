@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from typing import NoReturn
 
 from transformers import PreTrainedTokenizerBase
@@ -19,6 +20,7 @@ from qlora_train.data.problems import Rejection
 from qlora_train.errors import ModelError
 
 _TEMPLATE_FIX = "give a template that fits: `chat_template: FILE.jinja` in the recipe's model section"
+FROZEN_DATE = date(2024, 7, 26)  # the date that Llama 3.1's own template falls back to
 _COMPILED = ("<template>", "<unknown>")  # file names that Jinja gives to the frames of a template
 
 
@@ -78,13 +80,15 @@ class Renderer:
                 f"the chat template renders messages[{turn}] as something that does not begin with its own generation "
                 "prompt; give a template that does"
             )
-        if not whole.startswith(answered):
+        content = row.messages[turn]["content"].strip()
+        end = len(prefix) + self._end_of_answer(answered[len(prefix) :], content, turn)
+        # Some templates close a conversation with a token of its own: only what stands up to the answer's end counts.
+        if not whole.startswith(answered[:end]):
             raise Unrenderable(
                 f"the chat template rewrites messages[{turn}] when later turns follow; train the last answer only "
                 "(data.loss_on: completion), or give a template that leaves earlier turns as they are"
             )
-        content = row.messages[turn]["content"].strip()
-        return len(prefix), len(prefix) + self._end_of_answer(answered[len(prefix) :], content, turn)
+        return len(prefix), end
 
     def _end_of_answer(self, tail: str, content: str, turn: int) -> int:
         """The end of the first special token after the answer's content; what follows it is no part of the answer.
@@ -131,6 +135,12 @@ def prompt_and_answer(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[str
     return None
 
 
+def render_prompt(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> str:
+    """A conversation that waits for its answer, rendered as training renders it."""
+    row = MessagesRow("the conversation", tuple(messages))
+    return _apply_template(row, messages, tokenizer, add_generation_prompt=True)
+
+
 def adds_special_tokens(row: Row, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a prompt of this row is encoded with `add_special_tokens=True`, as its training text was."""
     if isinstance(row, MessagesRow):
@@ -162,6 +172,11 @@ def _with_end_token(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     return text if text.endswith(end) else text + end
 
 
+def _frozen_date(date_format: str) -> str:
+    """The date that a template is told, in place of the clock: the same rows must give the same tokens tomorrow."""
+    return FROZEN_DATE.strftime(date_format)
+
+
 def _apply_template(
     row: MessagesRow, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, *, add_generation_prompt: bool
 ) -> str:
@@ -174,7 +189,10 @@ def _apply_template(
         )
     try:
         text = tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+            list(messages),
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            strftime_now=_frozen_date,
         )
     except Exception as error:  # a template is a program: whatever it raises is its own fault or the row's
         _raise_template_error(error, row, tokenizer)

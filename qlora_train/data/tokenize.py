@@ -53,6 +53,11 @@ class TokenTable:
         part = slice(self.starts[index], self.starts[index + 1])
         return self.ids[part], self.supervised[part]
 
+    def end_token_ids(self) -> list[int]:
+        """The tokens that rows were taught to end with: the last supervised one of each."""
+        ends = {int(ids[np.flatnonzero(mask)[-1]]) for ids, mask in map(self.row, range(self.num_rows)) if mask.any()}
+        return sorted(ends)
+
     def fingerprint(self) -> str:
         """SHA-256 of what is trained: ids, mask and row borders. Where the files lie does not enter."""
         digest = hashlib.sha256()

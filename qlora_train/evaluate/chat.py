@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import TextIteratorStreamer
 
 from qlora_train.adapters.attach import ADAPTER_NAME, check_attached
 from qlora_train.adapters.layers import register_layers
-from qlora_train.adapters.state import load_adapter_config, read_adapter_tensors
+from qlora_train.adapters.state import describe_mismatch, load_adapter_config, read_adapter_tensors
+from qlora_train.data.template import render_prompt
 from qlora_train.errors import ModelError
 from qlora_train.evaluate.tasks import end_token_ids
 
@@ -24,12 +25,23 @@ BASE = "base"
 class ChatSession:
     """One loaded model and one conversation. `active` names the adapter that answers, or `base`."""
 
-    def __init__(self, model: Any, tokenizer: Any, *, system: str | None = None, name: str = ADAPTER_NAME) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        system: str | None = None,
+        name: str = "adapter",
+        conversations: bool = True,
+    ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self._system = system
-        # The run's own adapter goes by the run's name on the outside.
-        self.adapters = {name: ADAPTER_NAME} if isinstance(model, PeftModel) else {}
-        self.active = name if self.adapters else BASE
+        # A model that was trained on plain prompts is given plain prompts.
+        self._plain = not conversations or tokenizer.chat_template is None
+        # On the outside adapters go by the names of their runs; PEFT's own name for the first is fixed.
+        self.adapters = {f"{name}-run" if name == BASE else name: ADAPTER_NAME} if isinstance(model, PeftModel) else {}
+        name = next(iter(self.adapters), BASE)
+        self.active = name
         self.messages: list[dict[str, str]] = []
         self.clear()
         model.eval()
@@ -42,15 +54,14 @@ class ChatSession:
         """Load one more adapter onto the same base."""
         if not isinstance(self.model, PeftModel):
             raise ModelError("a merged model takes no adapter", fix="chat with a run folder instead")
-        if name in self.adapters or name == BASE:
-            raise ModelError(f"there are two adapters named {name!r}", fix="rename one of the run folders")
+        if name in self.adapters or name in (BASE, ADAPTER_NAME):
+            raise ModelError(f"an adapter cannot be named {name!r} here", fix="rename that run folder")
         config, tensors = load_adapter_config(folder), read_adapter_tensors(folder)
         self.model.add_adapter(name, register_layers(config))
-        result = set_peft_model_state_dict(self.model, tensors, adapter_name=name)
-        if result.unexpected_keys:
-            raise ModelError(
-                f"{folder}: {result.unexpected_keys[0]} fits no layer of this base", fix="use its own base"
-            )
+        own = get_peft_model_state_dict(self.model, adapter_name=name, save_embedding_layers=False)
+        if problems := describe_mismatch(own, tensors):
+            raise ModelError(f"{folder}: {problems}", fix="use the base it was trained on")
+        set_peft_model_state_dict(self.model, tensors, adapter_name=name)
         check_attached(self.model)
         self.adapters[name] = name
 
@@ -74,13 +85,13 @@ class ChatSession:
 
     def prompt(self) -> str:
         """The text that the model is given now."""
-        if self.tokenizer.chat_template is None:
+        if self._plain:
             return "\n".join(message["content"] for message in self.messages)
-        return str(self.tokenizer.apply_chat_template(self.messages, tokenize=False, add_generation_prompt=True))
+        return render_prompt(self.messages, self.tokenizer)
 
     def _generate(self, max_new_tokens: int, temperature: float, seed: int) -> Iterator[str]:
-        plain = self.tokenizer.chat_template is None
-        encoded = self.tokenizer(self.prompt(), return_tensors="pt", add_special_tokens=plain).to(self.model.device)
+        encoded = self.tokenizer(self.prompt(), return_tensors="pt", add_special_tokens=self._plain)
+        encoded = encoded.to(self.model.device)
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         sampling: dict[str, Any] = (
             {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from qlora_train.data.loader import MicroBatch
-from qlora_train.model.causal import CausalModel
+from qlora_train.model.causal import CausalModel, Head
 from qlora_train.names import IGNORE_INDEX
 
 CHUNK_TOKENS = 256
@@ -59,51 +59,45 @@ class _Sums:
         )
 
 
-def _hidden(causal: CausalModel, batch: MicroBatch) -> Tensor:
-    hidden: Tensor = causal.decoder(input_ids=batch.input_ids, use_cache=False).last_hidden_state
-    return hidden[:, :-1]
+@dataclass(frozen=True)
+class Observed:
+    """What a model makes of some rows: hidden states of every real position but the last, and its output head."""
+
+    hidden_NH: Tensor  # on the CPU
+    labels_N: Tensor  # the next token, IGNORE_INDEX where it is not supervised
+    head: Head
 
 
 @torch.inference_mode()
-def compare(
-    reference: CausalModel,
-    candidates: dict[str, Callable[[MicroBatch], tuple[CausalModel, Tensor]]],
-    batches: Iterable[MicroBatch],
-) -> dict[str, Distance]:
-    """Measure candidates against one reference. A candidate maps a batch to (its head's model, hidden states).
-
-    Softmax and sums in float32, `CHUNK_TOKENS` positions at a time: never all logits of a batch.
-    """
-    sums = {name: _Sums() for name in candidates}
+def observe(causal: CausalModel, batches: Iterable[MicroBatch], device: torch.device) -> Observed:
+    """Run a model over rows and keep what is needed to compare it when it is gone."""
+    hidden_states, labels = [], []
     for batch in batches:
         real = _real_targets(batch)
-        reference_NH = _hidden(reference, batch)[real]
-        labels_N = batch.labels[:, 1:][real]
-        for name, candidate in candidates.items():
-            causal, hidden = candidate(batch)
-            candidate_NH = hidden[real]
-            for start in range(0, len(labels_N), CHUNK_TOKENS):
-                part = slice(start, start + CHUNK_TOKENS)
-                sums[name].add(reference.logits(reference_NH[part]), causal.logits(candidate_NH[part]), labels_N[part])
-    return {name: s.distance() for name, s in sums.items()}
+        on_device = batch.to(device)
+        hidden: Tensor = causal.decoder(input_ids=on_device.input_ids, use_cache=False).last_hidden_state
+        hidden_states.append(hidden[:, :-1].cpu()[real])
+        labels.append(batch.labels[:, 1:][real])
+    return Observed(torch.cat(hidden_states), torch.cat(labels), causal.head)
+
+
+@torch.inference_mode()
+def distance(reference: Observed, candidate: Observed) -> Distance:
+    """Measure a candidate against a reference that saw the same rows.
+
+    Softmax and sums in float32, `CHUNK_TOKENS` positions at a time: never all logits.
+    """
+    sums = _Sums()
+    for start in range(0, len(reference.labels_N), CHUNK_TOKENS):
+        part = slice(start, start + CHUNK_TOKENS)
+        logits = [
+            seen.head.logits(seen.hidden_NH[part].to(seen.head.weight_VH.device)) for seen in (reference, candidate)
+        ]
+        sums.add(logits[0], logits[1].to(logits[0].device), reference.labels_N[part].to(logits[0].device))
+    return sums.distance()
 
 
 def _real_targets(batch: MicroBatch) -> Tensor:
     """Mask (B, T-1): positions whose next token is no padding."""
-    lengths = torch.tensor(batch.row_lengths, device=batch.input_ids.device)
-    return torch.arange(1, batch.input_ids.shape[1], device=batch.input_ids.device)[None, :] < lengths[:, None]
-
-
-def plain(causal: CausalModel) -> Callable[[MicroBatch], tuple[CausalModel, Tensor]]:
-    """A candidate that is a model of its own."""
-    return lambda batch: (causal, _hidden(causal, batch))
-
-
-def adapter_off(causal: CausalModel) -> Callable[[MicroBatch], tuple[CausalModel, Tensor]]:
-    """The negative control: the same model without its adapter."""
-
-    def run(batch: MicroBatch) -> tuple[CausalModel, Tensor]:
-        with causal.model.disable_adapter():
-            return causal, _hidden(causal, batch)
-
-    return run
+    lengths = torch.tensor(batch.row_lengths)
+    return torch.arange(1, batch.input_ids.shape[1])[None, :] < lengths[:, None]

@@ -52,12 +52,13 @@ class SideScores:
 
 
 def questions_of(split: Split, tokenizer: Any, limit: int) -> list[Question]:
-    """What the first rows of a split ask; rows of plain text ask nothing."""
+    """What the first rows of a split ask, of those that the loss is measured on; rows of plain text ask nothing."""
     questions: list[Question] = []
+    kept = set(split.table.where)
     for row in split.rows:
         if len(questions) == limit:
             break
-        if pair := prompt_and_answer(row, tokenizer):
+        if row.where in kept and (pair := prompt_and_answer(row, tokenizer)):
             special = adds_special_tokens(row, tokenizer)
             questions.append(Question(row.where, last_question(row), *pair, add_special_tokens=special))
     return questions
@@ -73,7 +74,7 @@ def score_side(
         validation = validate(causal, batches, device)
     questions = questions_of(split, tokenizer, section.generate_rows)
     answers = answer(
-        causal.model, tokenizer, questions, max_new_tokens=section.max_new_tokens, batch_size=4 * section.batch_size
+        causal.model, tokenizer, questions, max_new_tokens=section.max_new_tokens, batch_size=section.batch_size
     )
     return SideScores(
         loss=validation.loss,

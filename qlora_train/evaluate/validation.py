@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from qlora_train.data.loader import MicroBatch
+from qlora_train.errors import NumericsError
 from qlora_train.model.causal import CausalModel
 
 
@@ -44,4 +45,8 @@ def validate(causal: CausalModel, batches: Iterable[MicroBatch], device: torch.d
             num_rows += len(batch.row_ids)
     finally:
         causal.model.train(was_training)
+    if not math.isfinite(loss_sum):
+        raise NumericsError(
+            f"the held-out loss is {loss_sum}", fix="lower train.learning_rate; the newest checkpoint is the one before"
+        )
     return Validation(loss_sum, num_tokens, num_rows)

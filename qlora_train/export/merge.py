@@ -7,6 +7,7 @@ The base is read from the safetensors files that training read; no model is buil
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -177,12 +178,14 @@ def merge_to(folder: Path, run: FinishedRun, source: Source) -> list[ModuleRow]:
 
 
 def _tensor_files(folder: Path) -> dict[str, Path]:
-    """Tensor name to the file that holds it, over all safetensors files of a folder."""
-    files: dict[str, Path] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        for name in _names(path):
-            files[name] = path
-    return files
+    """Tensor name to the file that holds it: the files that transformers reads, and no others beside them."""
+    index = folder / "model.safetensors.index.json"
+    single = folder / "model.safetensors"
+    if index.is_file():
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    else:
+        names = {single.name} if single.is_file() else {path.name for path in folder.glob("*.safetensors")}
+    return {name: folder / file for file in sorted(names) for name in _names(folder / file)}
 
 
 def _names(path: Path) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +13,11 @@ from qlora_train.artifacts import publishing, read_json
 from qlora_train.errors import MachineError, ModelError, RecipeError
 from qlora_train.export.card import figures, model_card
 from qlora_train.export.merge import merge_to
-from qlora_train.export.verify import Verdict, verify
-from qlora_train.model.load import Base
-from qlora_train.model.trained import FinishedRun, load_trained
+from qlora_train.export.verify import Verdict, rows_to_verify, verify
+from qlora_train.model.load import memory_advice
+from qlora_train.model.source import Source
+from qlora_train.model.trained import FinishedRun
 from qlora_train.recipe.schema import Recipe
-
-_CONFIG_FILES = ("config.json", "generation_config.json")
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,12 @@ def run_export(run: FinishedRun, target: Path) -> ExportResult:
     _check_disk(run, target)
     source = run.source()
     audit = read_json(run.run_dir.data)
-    with publishing(target, manifest={"base_digest": run.base_print.digest}) as folder:
+    held_out = rows_to_verify(run, run.tokenizer(source))
+    with publishing(target, manifest={"base_digest": run.base_print.digest}) as folder, memory_advice():
         rows = merge_to(folder, run, source)
-        trained = load_trained(run)
-        _write_configs(folder, run.recipe, trained.base)
-        trained.tokenizer.save_pretrained(str(folder))
-        verdict = verify(trained, folder)
+        _write_configs(folder, run.recipe, source, audit["end_token_ids"])
+        run.tokenizer(source).save_pretrained(str(folder))
+        verdict = verify(run, folder, held_out)
         if not verdict.accepted:
             raise ModelError(
                 f"the merged model is not the trained one: KL {verdict.merged.mean_kl:.3g} nats per token is "
@@ -58,12 +58,7 @@ def run_export(run: FinishedRun, target: Path) -> ExportResult:
 def _check_disk(run: FinishedRun, target: Path) -> None:
     """Refuse before any work when the weights cannot fit."""
     width = {"float32": 4}.get(run.recipe.export.export_dtype, 2)
-    needed = 0
-    for tensor in run.base_print.tensors.values():
-        count = 1
-        for size in tensor.shape:
-            count *= size
-        needed += count * width
+    needed = width * sum(math.prod(tensor.shape) for tensor in run.base_print.tensors.values())
     folder = next(p for p in target.absolute().parents if p.exists())
     if (free := shutil.disk_usage(folder).free) < needed:
         raise MachineError(
@@ -71,15 +66,17 @@ def _check_disk(run: FinishedRun, target: Path) -> None:
         )
 
 
-def _write_configs(folder: Path, recipe: Recipe, base: Base) -> None:
-    """The base's own config, saying the dtype of these weights; its generation config as it is."""
-    for name in _CONFIG_FILES:
-        path = base.source.folder / name
-        if not path.is_file():
-            continue
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if name == "config.json":
-            config.pop("torch_dtype", None)
-            config.pop("_name_or_path", None)
-            config["dtype"] = recipe.export.export_dtype
-        (folder / name).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def _write_configs(folder: Path, recipe: Recipe, source: Source, end_token_ids: list[int]) -> None:
+    """The base's config with the dtype of these weights; its generation config, which stops at the trained end too."""
+    config: dict[str, Any] = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+    for key in ("torch_dtype", "_name_or_path", "auto_map"):
+        config.pop(key, None)
+    config["dtype"] = recipe.export.export_dtype
+    path = source.folder / "generation_config.json"
+    generation: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    known = generation.get("eos_token_id", config.get("eos_token_id"))
+    known = [] if known is None else known if isinstance(known, list) else [known]
+    ends = sorted({*known, *end_token_ids})
+    generation["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+    for name, content in (("config.json", config), ("generation_config.json", generation)):
+        (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,13 +12,13 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
-from qlora_train.data.loader import eval_batches
+from qlora_train.data.loader import MicroBatch, eval_batches
 from qlora_train.data.split import load_split
 from qlora_train.errors import ModelError
-from qlora_train.evaluate.compare import Distance, adapter_off, compare, plain
+from qlora_train.evaluate.compare import Distance, distance, observe
 from qlora_train.model.causal import CausalModel
 from qlora_train.model.load import to_float32
-from qlora_train.model.trained import Trained
+from qlora_train.model.trained import FinishedRun, load_trained
 
 
 @dataclass(frozen=True)
@@ -60,18 +62,43 @@ def load_merged(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     return model
 
 
-def verify(trained: Trained, merged_folder: Path) -> Verdict:
-    """Measure on the first `export.verify_rows` held-out rows. Puts the trained model into float32.
-
-    Memory: the trained model with its other tensors in float32, and the merged one in float32.
-    """
-    recipe, device = trained.run.recipe, trained.base.device
+def rows_to_verify(run: FinishedRun, tokenizer: Any) -> tuple[str, list[MicroBatch]]:
+    """The first `export.verify_rows` held-out rows; training rows where the recipe names no others."""
+    recipe = run.recipe
     split: Literal["eval", "train"] = "eval" if recipe.data.eval else "train"
     limits = {"max_eval_rows": recipe.export.verify_rows, "max_train_rows": recipe.export.verify_rows}
-    rows = load_split(recipe.data.model_copy(update=limits), split, trained.tokenizer, recipe.run.seed)
-    merged = CausalModel(load_merged(merged_folder, torch.float32, device))
+    table = load_split(recipe.data.model_copy(update=limits), split, tokenizer, recipe.run.seed).table
+    return split, list(eval_batches(table, recipe.eval.batch_size, tokenizer.pad_token_id))
+
+
+def verify(run: FinishedRun, merged_folder: Path, held_out: tuple[str, list[MicroBatch]]) -> Verdict:
+    """Run the trained model and then the merged one, both in float32, over the same rows.
+
+    Memory: one of the two models at a time, and the hidden states of the rows. The merged model goes to the host where
+    its float32 copy does not fit on the CUDA device.
+    """
+    split, batches = held_out
+    trained = load_trained(run)
+    device = trained.base.device
     to_float32(trained.model)
-    reference = CausalModel(trained.model)
-    batches = [b.to(device) for b in eval_batches(rows.table, recipe.eval.batch_size, trained.tokenizer.pad_token_id)]
-    distances = compare(reference, {"merged": plain(merged), "adapter_off": adapter_off(reference)}, batches)
-    return Verdict(split, rows.table.num_rows, distances["merged"], distances["adapter_off"], recipe.export.max_kl_frac)
+    causal = CausalModel(trained.model)
+    reference = observe(causal, batches, device)
+    with trained.model.disable_adapter():
+        off = observe(causal, batches, device)
+    num_bytes = 4 * sum(math.prod(tensor.shape) for tensor in trained.base.print.tensors.values())
+    del trained, causal
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        if torch.cuda.mem_get_info(device)[0] < 1.2 * num_bytes:
+            device = torch.device("cpu")
+    model = load_merged(merged_folder, getattr(torch, run.recipe.export.export_dtype), device)
+    to_float32(model)
+    merged = observe(CausalModel(model), batches, device)
+    return Verdict(
+        split,
+        sum(len(batch.row_ids) for batch in batches),
+        distance(reference, merged),
+        distance(reference, off),
+        run.recipe.export.max_kl_frac,
+    )

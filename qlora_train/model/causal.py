@@ -27,6 +27,11 @@ class Head:
     bias_V: Tensor | None
     softcap: float
 
+    def logits(self, hidden_NH: Tensor) -> Tensor:
+        """Logits (N, V) of chosen positions in float32."""
+        logits = nn.functional.linear(hidden_NH, self.weight_VH, self.bias_V).float()
+        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
+
 
 class CausalModel:
     """A transformers causal model, with or without an adapter, seen as decoder plus frozen head.
@@ -63,23 +68,13 @@ class CausalModel:
             softcap=self.head.softcap,
         )
 
-    def logits(self, hidden_NH: Tensor) -> Tensor:
-        """Logits (N, V) of chosen positions in float32."""
-        logits = nn.functional.linear(hidden_NH, self.head.weight_VH, self.head.bias_V).float()
-        return self.head.softcap * torch.tanh(logits / self.head.softcap) if self.head.softcap else logits
-
-    def supervised_hidden(self, batch: MicroBatch) -> Tensor:
-        """Hidden states (N, H) at the positions that predict a supervised token."""
-        hidden_BTH: Tensor = self.decoder(input_ids=batch.input_ids, use_cache=False).last_hidden_state
-        return hidden_BTH[:, :-1][batch.labels[:, 1:] != IGNORE_INDEX]
-
     @torch.no_grad()
     def check_head(self) -> None:
         """Refuse a model whose own logits are not ours: some architectures scale or cap them in ways we do not know."""
         device = self.head.weight_VH.device
         input_ids = torch.arange(1, 9, device=device)[None, :]
         own = self._inner(input_ids=input_ids, use_cache=False).logits[0].float()
-        ours = self.logits(self.decoder(input_ids=input_ids, use_cache=False).last_hidden_state[0])
+        ours = self.head.logits(self.decoder(input_ids=input_ids, use_cache=False).last_hidden_state[0])
         error = float((own - ours).abs().max() / own.abs().max().clamp(min=1e-6))
         if not error <= HEAD_TOLERANCE:
             raise ModelError(

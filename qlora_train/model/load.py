@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +24,8 @@ from qlora_train.recipe.schema import QuantSection, Recipe
 
 # Longest row, in tokens, for which eager attention trains faster than sdpa on a CPU and its T x T scores stay small.
 EAGER_CPU_TOKENS = 512
+# Below this share of the weights outside embeddings and head, "4 bit" would be a promise not kept.
+LEAST_QUANTISED_FRAC = 0.8
 _QUANT_METHOD = "qlora_train_bnb"
 
 
@@ -61,6 +66,19 @@ def resolve_device(name: str) -> torch.device:
     if not torch.cuda.is_available():
         raise MachineError("model.device is cuda, but torch sees no CUDA device", fix="set model.device: auto or cpu")
     return torch.device("cuda", torch.cuda.current_device())
+
+
+@contextmanager
+def memory_advice() -> Iterator[None]:
+    """Turn an out-of-memory error of the device into advice, in order of saving per lost speed."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise MachineError(
+            f"the device is out of memory: {str(error).splitlines()[0]}",
+            fix="lower train.micro_batch_size (raise grad_accum_steps by as much), set train.checkpointing: full, "
+            "lower eval.batch_size, data.seq_len or adapter.r; checkpoints are intact",
+        ) from error
 
 
 def resolve_attention(name: str, device: torch.device, seq_len: int) -> str:
@@ -109,9 +127,10 @@ def load_base(
             llm_int8_skip_modules=[head_name(skeleton), *quant.skip_modules],
         )
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            str(source.folder), config=config, use_safetensors=True, output_loading_info=True, **kwargs
-        )
+        with memory_advice():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                str(source.folder), config=config, use_safetensors=True, output_loading_info=True, **kwargs
+            )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{source.name}: the weights do not load: {error}", fix="download the model again") from error
     _check_complete(source, info)
@@ -120,7 +139,9 @@ def load_base(
     model.requires_grad_(False)
     model.config.use_cache = False
     base_print = print_base(model)
-    _check_print(source, base_print, quant if quantised else None)
+    tables = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
+    embeddings = {name for name, parameter in model.named_parameters() if id(parameter) in tables}
+    _check_print(source, base_print, quant if quantised else None, embeddings)
     return Base(model, source, base_print, device, compute_dtype)
 
 
@@ -133,7 +154,8 @@ def _check_complete(source: Source, info: dict[str, Any]) -> None:
             )
 
 
-def _check_print(source: Source, base_print: BasePrint, quant: QuantSection | None) -> None:
+def _check_print(source: Source, base_print: BasePrint, quant: QuantSection | None, embeddings: set[str]) -> None:
+    """What was loaded is finite, and quantised as the recipe says, nearly all of it."""
     if bad := [name for name, tensor in base_print.tensors.items() if not tensor.finite]:
         raise ModelError(
             f"{source.name}: {len(bad)} tensors hold NaN or infinity, first {bad[0]}", fix="download the model again"
@@ -141,16 +163,37 @@ def _check_print(source: Source, base_print: BasePrint, quant: QuantSection | No
     if quant is None:
         return
     wanted = QuantSettings(quant.quant_type, quant.double_quant, quant.block_size, quant.storage_dtype)
+    linear_numel = sum(math.prod(t.shape) for name, t in base_print.tensors.items() if len(t.shape) > 1)
+    quantised_numel = sum(math.prod(t.shape) for t in base_print.tensors.values() if t.quantised)
+    embedding_numel = sum(math.prod(t.shape) for n, t in base_print.tensors.items() if n in embeddings)
+    if not quant.skip_modules and quantised_numel < LEAST_QUANTISED_FRAC * (linear_numel - embedding_numel):
+        raise ModelError(
+            f"only {quantised_numel / 1e6:,.0f}M of {(linear_numel - embedding_numel) / 1e6:,.0f}M weights could be "
+            "quantised: the rest is not in linear layers (fused experts, convolutions)",
+            fix="use a dense model, or quant.quant_type: none",
+        )
     if base_print.quant != wanted.__dict__:
         raise ModelError(
             f"{source.name} was loaded as {base_print.quant or 'not quantised'}, not {wanted}", fix="report this"
         )
 
 
+def add_end_tokens(model: Any, end_token_ids: list[int]) -> None:
+    """Let generation stop at the tokens that were trained as the end, besides those that the model stops at already."""
+    known = model.generation_config.eos_token_id
+    known = [] if known is None else known if isinstance(known, list) else [known]
+    model.generation_config.eos_token_id = sorted({*known, *end_token_ids})
+
+
 def to_float32(model: nn.Module) -> None:
     """Compute in float32 with the very weights that were loaded: the others upcast exactly, 4-bit codes untouched."""
+    done: dict[int, nn.Parameter] = {}  # tied parameters stay one
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.is_floating_point() and not hasattr(parameter, "quant_state"):
-                setattr(module, name, nn.Parameter(parameter.detach().float(), requires_grad=parameter.requires_grad))
+                if id(parameter) not in done:
+                    done[id(parameter)] = nn.Parameter(
+                        parameter.detach().float(), requires_grad=parameter.requires_grad
+                    )
+                setattr(module, name, done[id(parameter)])
     set_compute_dtype(model, torch.float32)

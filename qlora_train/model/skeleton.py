@@ -48,6 +48,10 @@ def load_tokenizer(source: Source, chat_template: Path | None = None) -> Any:
 
 def build_skeleton(config: Any) -> nn.Module:
     """The model on the meta device: every module, no memory."""
+    if hasattr(config, "vision_config"):
+        raise ModelError(
+            f"{config.model_type} models also see images, which this trainer does not", fix="use a text model"
+        )
     try:
         with torch.device("meta"):
             model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
@@ -91,6 +95,17 @@ def check_targets(model: nn.Module, target_modules: str | tuple[str, ...]) -> No
         raise ModelError(f"adapter.target_modules: {what}", fix=f"this model has {known}; or write all-linear")
 
 
+def check_skipped(model: nn.Module, skip_modules: tuple[str, ...]) -> None:
+    """Every entry of quant.skip_modules must name a linear layer, as its last name or as a whole."""
+    layers = linear_layers(model)
+    unknown = [s for s in skip_modules if not any(n == s or n.endswith("." + s) for n in layers)]
+    if unknown:
+        raise ModelError(
+            f"quant.skip_modules: {', '.join(map(repr, unknown))} matches no linear layer",
+            fix=f"this model has {', '.join(name_table(layers))}",
+        )
+
+
 def check_shapes(model: nn.Module, block_size: int) -> None:
     """Refuse the widths that bitsandbytes dequantises wrongly on a CPU."""
     multiple = cpu_width_multiple(block_size)
@@ -104,12 +119,12 @@ def check_shapes(model: nn.Module, block_size: int) -> None:
         )
 
 
-def check_vocabulary(tokenizer: Any, config: Any) -> None:
-    """No token id may lie outside the embedding."""
+def check_vocabulary(largest_id: int, config: Any) -> None:
+    """No token id of the data may lie outside the embedding; a tokenizer may know tokens without a row."""
     vocab_size = config.get_text_config().vocab_size
-    if len(tokenizer) > vocab_size:
+    if largest_id >= vocab_size:
         raise ModelError(
-            f"the tokenizer has {len(tokenizer):,} tokens, the model's embedding {vocab_size:,} rows",
+            f"the data holds token id {largest_id:,}, the model's embedding has {vocab_size:,} rows",
             fix="use the tokenizer that belongs to the model",
         )
 

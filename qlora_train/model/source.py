@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import CONFIG_MAPPING
 
-from qlora_train.artifacts import publishing, sha256_file
-from qlora_train.errors import ModelError, SecurityError
+from qlora_train.artifacts import manifest_faults, publishing, sha256_file
+from qlora_train.errors import MachineError, ModelError, SecurityError
 from qlora_train.recipe.schema import ModelSection
 
 PACKAGE_PREFIX = "package:"
@@ -97,6 +98,8 @@ def _dequantised_gguf(path: Path, digest: str) -> Path:
     """
     folder = cache_dir() / "gguf" / f"{digest[:32]}-v{GGUF_CONVERSION}"
     if folder.exists():
+        if faults := manifest_faults(folder):
+            raise ModelError(f"the cached model {folder} is damaged: {'; '.join(faults)}", fix=f"rm -r {folder}")
         return folder
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -110,9 +113,13 @@ def _dequantised_gguf(path: Path, digest: str) -> Path:
         raise ModelError(
             f"model.path: {path} could not be read as GGUF: {error}", fix="use a file of another kind"
         ) from error
-    with publishing(folder, manifest={"source": path.name, "source_sha256": digest}) as temporary:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+    try:
+        with publishing(folder, manifest={"source": path.name, "source_sha256": digest}) as temporary:
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+    except MachineError:
+        if not folder.exists():  # else another process published the same folder first
+            raise
     return folder
 
 
@@ -141,12 +148,12 @@ def _check_folder(source: Source, weights: bool) -> None:
         raise ModelError(
             f"{source.folder} holds no readable config.json: {error}", fix="name the folder that save_pretrained wrote"
         ) from error
-    if "auto_map" in config:
+    if "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING:
         raise SecurityError(
             f"{source.name} asks to run code from its own folder (auto_map in config.json)",
             fix="use a model that transformers implements itself",
         )
-    if "quantization_config" in config:
+    if config.get("quantization_config") is not None:
         method = config["quantization_config"].get("quant_method", "unknown")
         raise ModelError(
             f"{source.name} is already quantised ({method}): training needs the weights it was made from",

@@ -10,9 +10,9 @@ from typing import Any
 from peft import PeftModel
 
 from qlora_train.adapters.attach import load_adapter
-from qlora_train.artifacts import RunDir, read_json
+from qlora_train.artifacts import RunDir, manifest_faults, read_json
 from qlora_train.errors import ModelError
-from qlora_train.model.load import Base, load_recipe_base
+from qlora_train.model.load import Base, add_end_tokens, load_recipe_base
 from qlora_train.model.skeleton import load_tokenizer
 from qlora_train.model.source import Source, resolve_source
 from qlora_train.quant.fingerprint import BasePrint
@@ -27,14 +27,17 @@ class FinishedRun:
     run_dir: RunDir
     recipe: Recipe
     base_print: BasePrint
+    commit: str | None  # of a hub id, as it was trained on
 
     def source(self) -> Source:
-        """The base's folder."""
-        return resolve_source(self.recipe.model)
+        """The base's folder, at the commit that was trained on."""
+        section = self.recipe.model
+        return resolve_source(section.model_copy(update={"revision": self.commit or section.revision}))
 
     def tokenizer(self, source: Source) -> Any:
-        """The tokenizer with the chat template that was trained with."""
-        return load_tokenizer(source, self.recipe.model.chat_template)
+        """The tokenizer with the chat template that was trained with, which the run folder keeps."""
+        template = self.run_dir.chat_template
+        return load_tokenizer(source, template if template.is_file() else None)
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Trained:
     base: Base
     model: PeftModel
     tokenizer: Any
+    conversations: bool  # trained on rows of messages, not on plain prompts
 
 
 def open_run(folder: Path, overrides: Sequence[str] = (), *, sections: Sequence[str] = ()) -> FinishedRun:
@@ -59,8 +63,11 @@ def open_run(folder: Path, overrides: Sequence[str] = (), *, sections: Sequence[
         )
     if not run_dir.adapter.is_dir():
         raise ModelError(f"{folder} holds no finished adapter yet", fix="finish it: qlora-train train RECIPE --resume")
+    if faults := manifest_faults(run_dir.adapter):
+        raise ModelError(f"{run_dir.adapter}: {'; '.join(faults)}", fix="restore the folder, or train again")
     recipe = with_overrides(load_resolved(run_dir.recipe), overrides, sections)
-    return FinishedRun(run_dir, recipe, BasePrint.from_dict(read_json(run_dir.base)))
+    base = read_json(run_dir.base)
+    return FinishedRun(run_dir, recipe, BasePrint.from_dict(base), base["source"]["commit"])
 
 
 def load_trained(run: FinishedRun) -> Trained:
@@ -68,9 +75,11 @@ def load_trained(run: FinishedRun) -> Trained:
     source = run.source()
     base = load_recipe_base(source, run.recipe)
     refuse_other_base(run.base_print, base.print)
+    data = read_json(run.run_dir.data)
+    add_end_tokens(base.model, data["end_token_ids"])
     model = load_adapter(base.model, run.run_dir.adapter)
     model.eval()
-    return Trained(run, base, model, run.tokenizer(source))
+    return Trained(run, base, model, run.tokenizer(source), data["conversations"])
 
 
 def refuse_other_base(trained_on: BasePrint, here: BasePrint) -> None:

@@ -63,7 +63,8 @@ def print_tensor(tensor: Tensor) -> TensorPrint:
     """The fingerprint of one parameter. `finite` looks at absmax where the weight is quantised: NaN spreads to it."""
     if isinstance(tensor, Params4bit) and tensor.quant_state is not None:
         parts = packed_parts(tensor)
-        finite = all(bool(torch.isfinite(p).all()) for p in parts.values() if p.is_floating_point() and p is not tensor)
+        scales = [part for name, part in parts.items() if name != "codes" and part.is_floating_point()]
+        finite = all(bool(torch.isfinite(part).all()) for part in scales)
         return TensorPrint(
             sha256=hash_tensors(*parts.values()),
             shape=tuple(tensor.quant_state.shape),

@@ -115,7 +115,7 @@ class TrainSection(Section):
         2e-4, description="Peak rate. About ten times that of full fine-tuning; 1e-4 from 30 billion parameters on."
     )
     schedule: Literal["linear", "cosine", "constant"] = Field("cosine", description="Shape after the warm-up.")
-    warmup_frac: Fraction = Field(0.03, description="Share of the steps in which the rate rises from zero.")
+    warmup_frac: Fraction = Field(0.03, description="Share of the steps in which the rate rises.")
     weight_decay: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)] = Field(
         0.0, description="Decoupled decay of A and B towards zero."
     )

@@ -93,6 +93,13 @@ def restore_checkpoint(
     return state
 
 
+def retire_newer(run_dir: RunDir, step: int) -> None:
+    """Delete checkpoints past `step`: a run that goes on from there takes another course, or they do not verify."""
+    for other, folder in list_steps(run_dir).items():
+        if other > step:
+            retire(folder)
+
+
 def retire_old(run_dir: RunDir, keep: int, best_step: int | None) -> None:
     """Delete all but the newest `keep` checkpoints and the best one."""
     steps = list_steps(run_dir)

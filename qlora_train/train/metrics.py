@@ -61,6 +61,14 @@ class Silent:
         """Say nothing."""
 
 
+def _step_of(line: bytes) -> float:
+    """The step of a line; infinity for one that a full disk left torn."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
 class Metrics:
     """Appends JSON lines. A line of a step is written once: a resume first drops the lines past its checkpoint."""
 
@@ -69,18 +77,17 @@ class Metrics:
         self.failed: str | None = None
         if path.exists():
             lines = path.read_bytes().splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= after_step]
+            kept = [line for line in lines if line.endswith(b"\n") and _step_of(line) <= after_step]
             write_file(path, b"".join(kept))
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """One line. A full disk must not end a run that is only logging: the failure is kept in `failed`."""
-        line = json.dumps({"kind": kind, "step": step, **values}) + "\n"
+        line = ("\n" if self.failed else "") + json.dumps({"kind": kind, "step": step, **values}) + "\n"
         try:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(line)
-            self.failed = None
         except OSError as error:
-            self.failed = f"{self._path}: {error.strerror}"
+            self.failed = self.failed or f"{self._path}: {error.strerror}"
 
 
 def peak_memory_bytes(device: torch.device) -> int:

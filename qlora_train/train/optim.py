@@ -22,7 +22,7 @@ def lr_factor(step: int, num_steps: int, warmup_frac: float, schedule: str) -> f
     >>> [round(lr_factor(k, 4, 0.0, "linear"), 2) for k in range(4)]
     [1.0, 0.75, 0.5, 0.25]
     """
-    warmup = math.ceil(warmup_frac * num_steps)
+    warmup = math.ceil(warmup_frac * num_steps - 1e-9)  # 0.07 * 100 is a little more than 7
     if step < warmup:
         return (step + 1) / (warmup + 1)
     if schedule == "constant":
@@ -68,7 +68,8 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensor
         )
     for name, parameter in parameters.items():
         state = {moment: tensors[f"{moment}/{name}"] for moment in MOMENTS}
-        if state["exp_avg"].shape != parameter.shape or any(t.dtype != torch.float32 for t in state.values()):
+        shapes = {"exp_avg": parameter.shape, "exp_avg_sq": parameter.shape, "step": torch.Size([])}
+        if any(state[k].shape != shapes[k] or state[k].dtype != torch.float32 for k in MOMENTS):
             raise ResumeError(f"the optimiser's state of {name} has another shape or dtype", fix="use another step")
         # torch keeps `step` on the CPU unless the optimiser is fused or capturable.
         on_device = {k: v.clone() if k == "step" else v.to(parameter.device, copy=True) for k, v in state.items()}

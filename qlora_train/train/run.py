@@ -27,15 +27,17 @@ from qlora_train.artifacts import (
     write_file,
     write_json,
 )
+from qlora_train.data.formats import MessagesRow
 from qlora_train.environment import environment
 from qlora_train.errors import RecipeError, ResumeError
 from qlora_train.evaluate.sides import SideScores, score_side
 from qlora_train.evaluate.validation import Validation
+from qlora_train.model.load import memory_advice
 from qlora_train.model.table import dtype_table
 from qlora_train.quant.fingerprint import print_base
 from qlora_train.recipe.load import LoadedRecipe, resolved_yaml
 from qlora_train.recipe.schema import Recipe
-from qlora_train.train.checkpoint import Checkpoint, find_checkpoint, list_steps, restore_checkpoint
+from qlora_train.train.checkpoint import Checkpoint, find_checkpoint, list_steps, restore_checkpoint, retire_newer
 from qlora_train.train.loop import evaluate_now, rehearse, run_loop
 from qlora_train.train.metrics import Metrics, Reporter, peak_memory_bytes
 from qlora_train.train.setup import Prepared, prepare
@@ -84,15 +86,18 @@ def run_training(loaded: LoadedRecipe, *, resume: bool, from_step: int | None, r
         return TrainResult.from_dict(run_dir.root, read_json(run_dir.summary))
     elif not run_dir.root.is_dir():
         raise ResumeError(f"{run_dir.root} does not exist: there is nothing to resume", fix="start without --resume")
-    with locked(run_dir), stop_requests() as stop:
+    with locked(run_dir), stop_requests() as stop, memory_advice():
         sweep(run_dir.root)
         sweep(run_dir.checkpoints)
         checkpoint = _checkpoint_to_resume(run_dir, from_step, reporter) if resume else None
         prepared = prepare(recipe, run_dir, reporter)
+        stop.check()
         job, state = prepared.job, TrainState()
         if checkpoint is not None:
             state = restore_checkpoint(checkpoint, job.model, job.optimizer, job.binding)
             run_dir.summary.unlink(missing_ok=True)
+            retire_newer(run_dir, state.step)
+            _forget_lost_best(run_dir, state, reporter)
             reporter.message(f"resumed from {checkpoint.folder.name}")
         _write_facts(loaded, prepared)
         _describe(prepared, reporter)
@@ -101,7 +106,9 @@ def run_training(loaded: LoadedRecipe, *, resume: bool, from_step: int | None, r
             f"rehearsed the largest micro-batch, {len(largest.row_ids)} rows of {largest.input_ids.shape[1]} tokens: "
             f"peak memory {peak_memory_bytes(job.accelerator.device) / 2**30:.2f} GiB"
         )
+        stop.check()
         base_scores = _base_scores(prepared, resumed=checkpoint is not None)
+        stop.check()
         metrics = Metrics(run_dir.metrics, after_step=state.step)
         validation = run_loop(job, state, metrics, stop)
         if metrics.failed:
@@ -152,7 +159,7 @@ def _refuse_used(run_dir: RunDir) -> None:
 
 def _refuse_other_recipe(run_dir: RunDir, recipe: Recipe) -> None:
     """A finished run is only "already complete" for the recipe that it was trained with."""
-    stored = json.loads((run_dir.adapter / MANIFEST).read_text(encoding="utf-8"))["recipe"]
+    stored = read_json(run_dir.adapter / MANIFEST)["recipe"]
     now = json.loads(json.dumps(trajectory_keys(recipe)))
     if differing := [f"{k}: {stored.get(k)} then, {v} now" for k, v in now.items() if stored.get(k) != v]:
         raise ResumeError(
@@ -167,17 +174,39 @@ def _checkpoint_to_resume(run_dir: RunDir, from_step: int | None, reporter: Repo
     return checkpoint
 
 
+def _forget_lost_best(run_dir: RunDir, state: TrainState, reporter: Reporter) -> None:
+    """The best adapter so far must still be there to be published in the end."""
+    if state.best_step is None:
+        return
+    try:
+        find_checkpoint(run_dir, state.best_step)
+    except ResumeError as error:
+        reporter.warning(f"the best checkpoint so far is lost: {error}")
+        state.best_step = state.best_eval_loss = None
+
+
 def _write_facts(loaded: LoadedRecipe, prepared: Prepared) -> None:
     """What the run is made of, before it starts."""
     run_dir = prepared.job.run_dir
     write_file(run_dir.recipe, resolved_yaml(loaded).encode())
     write_json(run_dir.environment, environment())
     inputs, section = prepared.inputs, loaded.recipe.data
+    if template := inputs.tokenizer.chat_template:
+        write_file(run_dir.chat_template, str(template).encode())
     source = {"name": inputs.source.name, "commit": inputs.source.commit, "file_sha256": inputs.source.file_sha256}
     write_json(run_dir.base, {"source": source, **prepared.base.print.as_dict()})
     splits = {split.audit.split: split.audit.as_dict() for split in (inputs.train, inputs.eval) if split}
     files = {str(path): sha256_file(path) for path in (*section.train, *section.eval)}
-    write_json(run_dir.data, {**splits, "padding_frac": prepared.job.loader.padding_frac(0), "files": files})
+    write_json(
+        run_dir.data,
+        {
+            **splits,
+            "padding_frac": prepared.job.loader.padding_frac(0),
+            "files": files,
+            "end_token_ids": inputs.train.table.end_token_ids(),
+            "conversations": isinstance(inputs.train.rows[0], MessagesRow),
+        },
+    )
 
 
 def _describe(prepared: Prepared, reporter: Reporter) -> None:
@@ -216,7 +245,7 @@ def _adapter_scores(prepared: Prepared, state: TrainState, validation: Validatio
     """Put the best adapter in place and measure it; `eval.json` then holds both sides."""
     job, split = prepared.job, prepared.inputs.eval
     if state.best_step is not None and state.best_step != state.step:
-        restore_adapter(job.model, list_steps(job.run_dir)[state.best_step])
+        restore_adapter(job.model, find_checkpoint(job.run_dir, state.best_step)[0].folder)
         validation = None
     if split is None:
         return None

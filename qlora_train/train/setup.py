@@ -10,17 +10,21 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from qlora_train.adapters.attach import AdapterFacts, adapter_facts, attach_adapter
+from qlora_train.adapters.state import load_adapter_config
 from qlora_train.artifacts import RunDir
 from qlora_train.data.loader import Loader
 from qlora_train.data.split import Split, load_split
 from qlora_train.errors import MachineError
 from qlora_train.model.causal import CausalModel
-from qlora_train.model.load import Base, load_recipe_base
+from qlora_train.model.load import Base, add_end_tokens, load_recipe_base, resolve_device
 from qlora_train.model.skeleton import (
     build_skeleton,
     check_length,
+    check_shapes,
+    check_skipped,
     check_targets,
     check_vocabulary,
     load_config,
@@ -68,11 +72,19 @@ def load_inputs(recipe: Recipe, *, weights: bool = True) -> Inputs:
     config = load_config(source)
     check_length(config, recipe.data.seq_len)
     tokenizer = load_tokenizer(source, recipe.model.chat_template)
-    check_vocabulary(tokenizer, config)
     skeleton = build_skeleton(config)
     check_targets(skeleton, recipe.adapter.target_modules)
+    if recipe.quant.quant_type != "none":
+        check_skipped(skeleton, recipe.quant.skip_modules)
+        if resolve_device(recipe.model.device).type == "cpu":
+            check_shapes(skeleton, recipe.quant.block_size)
+    if recipe.adapter.init_from is not None:
+        load_adapter_config(recipe.adapter.init_from)
     train = load_split(recipe.data, "train", tokenizer, recipe.run.seed)
     held_out = load_split(recipe.data, "eval", tokenizer, recipe.run.seed) if recipe.data.eval else None
+    for split in (train, held_out):
+        if split is not None:
+            check_vocabulary(int(split.table.ids.max()), config)
     return Inputs(source, config, tokenizer, skeleton, train, held_out)
 
 
@@ -85,9 +97,12 @@ def prepare(recipe: Recipe, run_dir: RunDir, reporter: Reporter) -> Prepared:
             reporter.message(split.audit.summary())
     base = load_recipe_base(inputs.source, recipe)
     CausalModel(base.model).check_head()
+    add_end_tokens(base.model, inputs.train.table.end_token_ids())
     model = attach_adapter(base.model, recipe.adapter, recipe.run.seed, base_name=inputs.source.name)
     if recipe.train.checkpointing == "full":
         base.model.gradient_checkpointing_enable({"use_reentrant": False})
+    # accelerate keeps the first device of a process for ever; a second run of a notebook may want another.
+    AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=base.device.type == "cpu", mixed_precision="no")
     loader = Loader(
         inputs.train.table,

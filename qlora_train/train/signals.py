@@ -8,12 +8,21 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
+from qlora_train.errors import Interrupted
+
 
 class StopRequest:
     """Set by a signal, read by the loop at the end of each step."""
 
     def __init__(self) -> None:
         self.signal_number: int | None = None
+
+    def check(self) -> None:
+        """Between the phases before step 1: end the run, which has nothing to save yet."""
+        if self.signal_number is not None:
+            raise Interrupted(
+                self.signal_number, "stopped before the next step; no checkpoint was written by this call"
+            )
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """The signal handler."""

@@ -27,6 +27,7 @@ NEUTRAL_KEYS = frozenset(
         "run.log_every",
         "model.path",  # the base is bound by its fingerprint, the data by theirs, wherever they lie
         "model.revision",
+        "model.chat_template",
         "data.train",
         "adapter.init_from",
     }

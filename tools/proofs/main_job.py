@@ -7,6 +7,7 @@ now and its adapter verifies; it is named in the table. At least one is trained 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -57,7 +58,7 @@ def _quickstart(known: Path | None) -> list[Bar]:
 
 
 def _plain_libraries(run: Path, merged: Path) -> list[Bar]:
-    """What transformers and PEFT make of the files, without a line of ours in their path."""
+    """What plain transformers and plain PEFT make of the files, against the merge in memory and our own model."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -116,7 +117,8 @@ def _numerics() -> list[Bar]:
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", *tests], cwd=ROOT, capture_output=True, text=True, check=False
     )
-    passed = next((int(word) for word in done.stdout.splitlines()[-1].split() if word.isdigit()), 0)
+    found = re.search(r"(\d+) passed", done.stdout)
+    passed = int(found.group(1)) if found else 0
     return [
         Bar("numerics: tests of gradients, accumulation and loss that pass", passed, "tests", at_least=1),
         Bar("numerics: exit status of those tests", done.returncode, at_most=0),

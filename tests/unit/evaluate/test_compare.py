@@ -12,8 +12,8 @@ import torch
 
 from qlora_train.data.loader import MicroBatch
 from qlora_train.evaluate import compare as module
-from qlora_train.evaluate.compare import adapter_off, compare, plain
-from qlora_train.model.causal import CausalModel
+from qlora_train.evaluate.compare import Distance, distance, observe
+from qlora_train.model.causal import CausalModel, Head
 from qlora_train.names import IGNORE_INDEX
 from tests.loading import tiny_base, with_adapter
 
@@ -25,13 +25,11 @@ class Table:
 
     def __init__(self, logits_VV: torch.Tensor) -> None:
         self.table = logits_VV
+        self.head = Head(logits_VV.T.contiguous(), None, 0.0)
 
     def decoder(self, *, input_ids: torch.Tensor, use_cache: bool) -> Any:
         assert use_cache is False
         return SimpleNamespace(last_hidden_state=torch.nn.functional.one_hot(input_ids, VOCAB).float())
-
-    def logits(self, hidden_NH: torch.Tensor) -> torch.Tensor:
-        return hidden_NH @ self.table
 
 
 def tables(seed: int, scale: float = 1.0) -> Any:
@@ -41,6 +39,11 @@ def tables(seed: int, scale: float = 1.0) -> Any:
 IDS = torch.tensor([[0, 1, 2, 3, 4, 0], [4, 4, 1, 0, 0, 0]])
 LABELS = torch.tensor([[0, 1, 2, 3, 4, 0], [IGNORE_INDEX, IGNORE_INDEX, 1, *[IGNORE_INDEX] * 3]])
 BATCH = MicroBatch(IDS, LABELS, 6, (0, 1), (6, 3))  # three places of padding in the second row
+
+
+def compare(reference: Any, candidate: Any, batches: list[MicroBatch]) -> Distance:
+    cpu = torch.device("cpu")
+    return distance(observe(reference, batches, cpu), observe(candidate, batches, cpu))
 
 
 def by_hand(reference: Table, candidate: Table) -> tuple[list[float], list[bool], list[tuple[float, float]]]:
@@ -67,7 +70,7 @@ def test_equals_the_sums_by_hand(chunk: int, monkeypatch: pytest.MonkeyPatch) ->
     reference, candidate = tables(1), tables(3)
     kl, agree, nll = by_hand(reference, candidate)
     assert len(kl) == 7 and len(nll) == 6 and len(set(agree)) == 2, "the case tells them apart"
-    found = compare(reference, {"one": plain(candidate)}, [BATCH])["one"]
+    found = compare(reference, candidate, [BATCH])
     assert (found.num_tokens, found.num_supervised_tokens) == (7, 6)
     assert found.mean_kl == pytest.approx(sum(kl) / 7, rel=1e-5)
     assert found.max_kl == pytest.approx(max(kl), rel=1e-5)
@@ -78,8 +81,8 @@ def test_equals_the_sums_by_hand(chunk: int, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_the_direction_is_reference_to_candidate() -> None:
     flat, sharp = tables(1, scale=0.1), tables(2, scale=5.0)
-    there = compare(flat, {"x": plain(sharp)}, [BATCH])["x"]
-    back = compare(sharp, {"x": plain(flat)}, [BATCH])["x"]
+    there = compare(flat, sharp, [BATCH])
+    back = compare(sharp, flat, [BATCH])
     assert there.mean_kl == pytest.approx(sum(by_hand(flat, sharp)[0]) / 7, rel=1e-5)
     assert there.mean_kl > 1.5 * back.mean_kl
     assert there.reference_nll == pytest.approx(back.candidate_nll)
@@ -88,8 +91,8 @@ def test_the_direction_is_reference_to_candidate() -> None:
 def test_batches_weigh_by_their_tokens() -> None:
     reference, candidate = tables(1), tables(3)
     alone = [MicroBatch(IDS[i : i + 1, :n], LABELS[i : i + 1, :n], 0, (i,), (n,)) for i, n in ((0, 6), (1, 3))]
-    together = compare(reference, {"x": plain(candidate)}, [BATCH])["x"]
-    apart = compare(reference, {"x": plain(candidate)}, alone)["x"]
+    together = compare(reference, candidate, [BATCH])
+    apart = compare(reference, candidate, alone)
     assert apart.mean_kl == pytest.approx(together.mean_kl) and apart.num_tokens == together.num_tokens
 
 
@@ -98,19 +101,26 @@ def real_batch() -> MicroBatch:
     return MicroBatch(ids, ids.clone(), 22, (0, 1), (12, 12))
 
 
+def without_adapter(causal: CausalModel) -> Distance:
+    cpu = torch.device("cpu")
+    reference = observe(causal, [real_batch()], cpu)
+    with causal.model.disable_adapter():
+        return distance(reference, observe(causal, [real_batch()], cpu))
+
+
 def test_identical_models_are_at_no_distance_and_the_adapter_is(tiny_llama_dir: Path) -> None:
     model = with_adapter(tiny_base(tiny_llama_dir)).eval()
     causal = CausalModel(model)
-    found = compare(causal, {"same": plain(causal), "off": adapter_off(causal)}, [real_batch()])
-    same, off = found["same"], found["off"]
+    same = compare(causal, causal, [real_batch()])
+    off = without_adapter(causal)
     assert same.mean_kl <= 1e-7 and same.max_kl <= 1e-7 and same.top1_agreement == 1.0
     assert same.candidate_nll == same.reference_nll == off.reference_nll
     assert off.mean_kl > 1e-5 and off.candidate_nll != off.reference_nll, "negative control"
-    again = compare(causal, {"same": plain(causal)}, [real_batch()])["same"]
+    again = compare(causal, causal, [real_batch()])
     assert again == same, "the adapter is on again"
 
 
 def test_an_adapter_that_does_nothing_is_at_no_distance(tiny_llama_dir: Path) -> None:
     causal = CausalModel(with_adapter(tiny_base(tiny_llama_dir), randomise=False).eval())
-    off = compare(causal, {"off": adapter_off(causal)}, [real_batch()])["off"]
+    off = without_adapter(causal)
     assert abs(off.mean_kl) <= 1e-7 and off.top1_agreement == 1.0

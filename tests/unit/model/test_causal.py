@@ -41,7 +41,7 @@ def head_error(causal: CausalModel) -> float:
     ids = torch.arange(20, 60)[None, :]
     with torch.no_grad():
         own = causal.model(input_ids=ids, use_cache=False).logits[0].float()
-        ours = causal.logits(causal.decoder(input_ids=ids, use_cache=False).last_hidden_state[0])
+        ours = causal.head.logits(causal.decoder(input_ids=ids, use_cache=False).last_hidden_state[0])
     return float((own - ours).abs().max() / own.abs().max())
 
 
@@ -69,7 +69,7 @@ def test_positions_without_labels_take_no_part(tiny_llama_dir: Path) -> None:
     with torch.no_grad():
         hidden = causal.supervised_hidden(one)
         assert len(hidden) == one.num_supervised_tokens == 16
-        logits = causal.logits(hidden)
+        logits = causal.head.logits(hidden)
         targets = one.labels[:, 1:][one.labels[:, 1:] != IGNORE_INDEX]
         expected = F.cross_entropy(logits, targets, reduction="sum")
         torch.testing.assert_close(causal.loss_sum(one), expected, rtol=1e-5, atol=0)

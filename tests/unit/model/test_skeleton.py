@@ -17,6 +17,7 @@ from qlora_train.model.skeleton import (
     build_skeleton,
     check_length,
     check_shapes,
+    check_skipped,
     check_targets,
     check_vocabulary,
     head_name,
@@ -26,7 +27,7 @@ from qlora_train.model.skeleton import (
     name_table,
 )
 from qlora_train.model.source import Source
-from tests.tiny import SIZES, build_tiny_tokenizer
+from tests.tiny import SIZES
 
 
 def llama(**changes: Any) -> nn.Module:
@@ -127,12 +128,19 @@ def test_widths_that_a_cpu_gets_wrong(width: int, block_size: int, fits: bool) -
         check_shapes(model, block_size)
 
 
-def test_the_vocabulary_must_fit_the_embedding() -> None:
-    tokenizer = build_tiny_tokenizer()
-    for vocab_size in (len(tokenizer), len(tokenizer) + 64):
-        check_vocabulary(tokenizer, LlamaConfig(**{**SIZES, "vocab_size": vocab_size}))
-    with pytest.raises(ModelError, match=f"has {len(tokenizer)} tokens, the model's embedding {len(tokenizer) - 1}"):
-        check_vocabulary(tokenizer, LlamaConfig(**{**SIZES, "vocab_size": len(tokenizer) - 1}))
+def test_no_token_id_may_lie_outside_the_embedding() -> None:
+    config = LlamaConfig(**{**SIZES, "vocab_size": 64})
+    check_vocabulary(63, config)
+    with pytest.raises(ModelError, match="token id 64, the model's embedding has 64 rows"):
+        check_vocabulary(64, config)
+
+
+def test_entries_of_skip_modules_must_name_a_layer() -> None:
+    model = llama()
+    check_skipped(model, ())
+    check_skipped(model, ("up_proj", "model.layers.0.self_attn.q_proj"))
+    with pytest.raises(ModelError, match="'q_projj' matches no linear layer"):
+        check_skipped(model, ("up_proj", "q_projj"))
 
 
 def test_rows_must_not_be_longer_than_the_positions() -> None:
