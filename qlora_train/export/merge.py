@@ -7,9 +7,7 @@ The base is read from the safetensors files that training read; no model is buil
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +19,9 @@ from torch import Tensor
 from qlora_train.adapters.state import load_adapter_config, read_adapter_tensors
 from qlora_train.errors import ModelError
 from qlora_train.export.safetensors_writer import Planned, plan_shards, write_shards
+from qlora_train.model.files import stored_tensors
 from qlora_train.model.load import resolve_device
+from qlora_train.model.skeleton import build_skeleton, load_config
 from qlora_train.model.source import Source
 from qlora_train.model.trained import FinishedRun
 from qlora_train.quant.bnb import QuantSettings, dequantize, quantize
@@ -94,23 +94,14 @@ class Merger:
         self._compute_dtype: torch.dtype = getattr(torch, run.recipe.model.compute_dtype)
         self._device = resolve_device(run.recipe.model.device)
         self._settings = QuantSettings(**run.base_print.quant) if run.base_print.quant else None  # type: ignore[arg-type]
-        self._files = _tensor_files(source.folder)
-        self._account_for_every_tensor(source)
+        stored = stored_tensors(source, build_skeleton(load_config(source)))
+        # Merged tensors keep the names of the base's files: other programs know the model by them.
+        self._parameter = {tensor.name: name for name, tensor in stored.items()}
+        self._paths = {tensor.name: tensor.path for tensor in stored.values()}
+        self._account_for_every_delta()
 
-    def _account_for_every_tensor(self, source: Source) -> None:
-        """Every base tensor has a file, every file's tensor a use, every delta a weight of its shape."""
-        names = set(self._print.tensors)
-        if missing := sorted(names - set(self._files)):
-            raise ModelError(
-                f"{source.folder} lacks {len(missing)} tensors of the base, first {missing[0]}", fix="restore it"
-            )
-        for name in sorted(set(self._files) - names):
-            # A tied head is stored by some models and tied again on loading; rotary tables are recomputed.
-            if not name.endswith(("lm_head.weight", "embed_out.weight", "rotary_emb.inv_freq")):
-                raise ModelError(
-                    f"{source.folder}: {name} is no parameter of the trained base", fix="use the base of the run"
-                )
-            del self._files[name]
+    def _account_for_every_delta(self) -> None:
+        """Every update has a weight of its shape."""
         for name, delta in self.deltas.items():
             shape = self._print.tensors[name].shape if name in self._print.tensors else None
             if shape != (delta.lora_B.shape[0], delta.lora_A.shape[1]):
@@ -120,12 +111,16 @@ class Merger:
 
     def planned(self) -> list[Planned]:
         """All tensors of the merged model."""
-        return [Planned(name, self._print.tensors[name].shape, self._export_dtype) for name in sorted(self._files)]
+        return [
+            Planned(stored, self._print.tensors[name].shape, self._export_dtype)
+            for stored, name in sorted(self._parameter.items())
+        ]
 
-    def produce(self, name: str) -> Tensor:
+    def produce(self, stored: str) -> Tensor:
         """One merged tensor (O, I) in the export dtype. ModelError when the base's tensor is not the one of the run."""
+        name = self._parameter[stored]
         recorded = self._print.tensors[name]
-        loaded = _read_tensor(self._files[name], name).to(self._device)
+        loaded = _read_tensor(self._paths[stored], stored).to(self._device)
         weight = loaded.to(getattr(torch, recorded.dtype)) if not recorded.quantised else loaded
         base = self._as_trained(name, weight, recorded)
         delta = self.deltas.get(name)
@@ -175,22 +170,6 @@ def merge_to(folder: Path, run: FinishedRun, source: Source) -> list[ModuleRow]:
     if unused := merger.unused():
         raise ModelError(f"{len(unused)} updates were not merged, first {unused[0]}", fix="report this")
     return merger.rows
-
-
-def _tensor_files(folder: Path) -> dict[str, Path]:
-    """Tensor name to the file that holds it: the files that transformers reads, and no others beside them."""
-    index = folder / "model.safetensors.index.json"
-    single = folder / "model.safetensors"
-    if index.is_file():
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    else:
-        names = {single.name} if single.is_file() else {path.name for path in folder.glob("*.safetensors")}
-    return {name: folder / file for file in sorted(names) for name in _names(folder / file)}
-
-
-def _names(path: Path) -> Iterator[str]:
-    with safe_open(path, framework="pt") as file:
-        yield from file.keys()
 
 
 def _read_tensor(path: Path, name: str) -> Tensor:

@@ -16,6 +16,7 @@ from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 from qlora_train.errors import MachineError, ModelError
+from qlora_train.model.files import stored_tensors
 from qlora_train.model.skeleton import build_skeleton, check_shapes, head_name, load_config
 from qlora_train.model.source import Source
 from qlora_train.quant.bnb import QuantSettings, forbid_cpu_repacking, linear4bit_modules, set_compute_dtype
@@ -108,6 +109,7 @@ def load_base(
     """
     config = load_config(source)
     skeleton = build_skeleton(config)
+    stored_tensors(source, skeleton)  # refuses, before hours of training, what could not be exported after them
     quantised = quant.quant_type != "none"
     if quantised and device.type == "cpu":
         check_shapes(skeleton, quant.block_size)

@@ -75,6 +75,7 @@ class Metrics:
     def __init__(self, path: Path, *, after_step: int) -> None:
         self._path = path
         self.failed: str | None = None
+        self._torn = False
         if path.exists():
             lines = path.read_bytes().splitlines(keepends=True)
             kept = [line for line in lines if line.endswith(b"\n") and _step_of(line) <= after_step]
@@ -82,11 +83,13 @@ class Metrics:
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """One line. A full disk must not end a run that is only logging: the failure is kept in `failed`."""
-        line = ("\n" if self.failed else "") + json.dumps({"kind": kind, "step": step, **values}) + "\n"
+        line = ("\n" if self._torn else "") + json.dumps({"kind": kind, "step": step, **values}) + "\n"
         try:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(line)
+            self._torn = False
         except OSError as error:
+            self._torn = True  # the next line must not be joined to a part of this one
             self.failed = self.failed or f"{self._path}: {error.strerror}"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.commandline import Outcome, run_cli, write_recipe
+from qlora_train.quant.fingerprint import hash_tensors
+from tests.commandline import Outcome, run_cli, write_recipe, write_rows
+from tests.tiny import build_tiny_neox, build_tiny_phi3
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +209,7 @@ def test_chat_answers_from_run_export_and_base(
     outcome = run_cli("chat", folder / "run", "--max-new-tokens", "6", "--system", "be brief")
     assert outcome.code == 0, outcome.err
     assert "base answers" in outcome.err and "no adapter 'x'" in outcome.err and "unknown command /bad" in outcome.err
-    first, second = outcome.out.strip("\n").split("\n", 1)
+    first, second = outcome.out.split("\n")[:2]
     assert first != second, "the adapter and the base answer differently"
 
 
@@ -245,3 +248,71 @@ def test_a_real_process_prints_json_and_keeps_stderr_apart(tmp_path: Path, tiny_
     assert json.loads(done.stdout)["num_steps"] == 1
     assert "held-out loss" in done.stderr and "Traceback" not in done.stderr
     assert "UserWarning" not in done.stderr and "kernels-community" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("build", [build_tiny_neox, build_tiny_phi3])
+def test_fused_projections_train_and_export(build: Callable[[Path], Path], tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, build(tmp_path / "model"), eval__generate_rows=0)
+    assert run_cli("train", recipe).code == 0
+    outcome = run_cli("export", tmp_path / "run", tmp_path / "merged", "--json")
+    assert outcome.code == 0, outcome.err
+    assert json.loads(outcome.out)["verdict"]["accepted"]
+
+
+def test_plain_text_and_full_checkpointing(tmp_path: Path, tiny_llama_dir: Path) -> None:
+    """The text format, `loss_on` left alone, an unquantised base, and both batchings."""
+    rows = [{"text": f"a line of text, number {i} " * (1 + i % 4)} for i in range(12)]
+    write_rows(tmp_path / "train.jsonl", rows)
+    write_rows(tmp_path / "test.jsonl", rows[:3])
+    padding = {}
+    for batching in ("shuffled", "length_grouped"):
+        recipe = write_recipe(
+            tmp_path,
+            tiny_llama_dir,
+            quant__quant_type="none",
+            train__checkpointing="full",
+            data__batching=batching,
+            run__dir=batching,
+        )
+        outcome = run_cli("train", recipe, "--json")
+        assert outcome.code == 0, outcome.err
+        assert json.loads(outcome.out)["adapter"]["scores"] is None, "plain text asks nothing"
+        padding[batching] = json.loads((tmp_path / batching / "data.json").read_text())["padding_frac"]
+    assert padding["length_grouped"] <= padding["shuffled"]
+    assert run_cli("export", tmp_path / "shuffled", tmp_path / "merged").code == 0
+
+
+def test_methods_and_schedules_change_the_adapter(tmp_path: Path, tiny_llama_dir: Path) -> None:
+    """Each key that decides what is trained does."""
+    recipe = write_recipe(tmp_path, tiny_llama_dir, data__eval=[], eval__generate_rows=0, train__max_steps=4)
+    changes = [
+        "adapter.method=lora",
+        "adapter.method=rslora",
+        "adapter.alpha=12",
+        "adapter.dropout=0.5",
+        "quant.quant_type=fp4",
+        "quant.double_quant=false",
+        "quant.block_size=32",
+        "train.schedule=constant",
+        "train.schedule=linear",
+        "train.warmup_frac=0.5",
+        "train.learning_rate=0.02",
+        "train.weight_decay=0.5",
+        "train.adam_beta1=0.5",
+        "train.adam_beta2=0.9",
+        "train.max_grad_norm=0.01",
+        "train.micro_batch_size=3",
+        "train.grad_accum_steps=1",
+        "data.loss_on=all",
+        "data.max_train_rows=12",
+        "run.seed=1",
+        "model.compute_dtype=bfloat16",
+    ]
+    seen: dict[str, str] = {}
+    for index, change in enumerate(changes):
+        outcome = run_cli("train", recipe, change, f"run.dir={tmp_path / str(index)}")
+        assert outcome.code == 0, (change, outcome.err)
+        tensors = load_file(tmp_path / str(index) / "adapter" / "adapter_model.safetensors")
+        digest = hash_tensors(*(tensors[name] for name in sorted(tensors)))
+        assert digest not in seen, f"{change} trains what {seen[digest]} trains"
+        seen[digest] = change

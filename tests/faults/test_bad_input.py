@@ -91,14 +91,14 @@ def _truncated(model: Path) -> None:
 
 def _without_a_tensor(model: Path) -> None:
     path = model / "model.safetensors"
-    tensors = load_file(path)
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
     tensors.pop("model.layers.1.mlp.up_proj.weight")
     save_file(tensors, path, metadata={"format": "pt"})
 
 
 def _with_nan(model: Path) -> None:
     path = model / "model.safetensors"
-    tensors = load_file(path)
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
     tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
     save_file(tensors, path, metadata={"format": "pt"})
 
@@ -120,7 +120,11 @@ MODELS: dict[str, tuple[Callable[[Path], None], int, tuple[str, ...]]] = {
     "a tensor missing": (_without_a_tensor, 4, ("lacks 1 tensors", "up_proj")),
     "NaN in a weight": (_with_nan, 4, ("NaN or infinity", "up_proj")),
     "pickle only": (_pickle_only, 8, ("pickle",)),
-    "own code": (lambda m: _edit_config(m, auto_map={"AutoModelForCausalLM": "evil.Model"}), 8, ("code",)),
+    "own code": (
+        lambda m: _edit_config(m, model_type="own", auto_map={"AutoModelForCausalLM": "evil.Model"}),
+        8,
+        ("code",),
+    ),
     "quantised already": (lambda m: _edit_config(m, quantization_config={"quant_method": "gptq"}), 4, ("gptq",)),
     "tokenizer too large": (lambda m: _edit_config(m, vocab_size=64), 4, ("embedding",)),
     "no chat template": (_model_without("chat_template.jinja"), 4, ("chat_template",)),
@@ -175,7 +179,7 @@ def test_another_base_is_refused(finished: Path, tmp_path: Path) -> None:
     weights = finished / "model" / "model.safetensors"
     original = weights.read_bytes()
     try:
-        tensors = load_file(weights)
+        tensors = {name: tensor.clone() for name, tensor in load_file(weights).items()}
         tensors["model.layers.0.mlp.up_proj.weight"] += 0.01
         save_file(tensors, weights, metadata={"format": "pt"})
         refused(run_cli("export", folder / "run", tmp_path / "out"), 4, "up_proj", "trained on")
@@ -191,8 +195,8 @@ def _spoil_adapter(run: Path, name: str) -> str:
     if name == "alpha":
         config = run / "adapter" / "adapter_config.json"
         config.write_text(json.dumps(json.loads(config.read_text()) | {"lora_alpha": float("nan")}))
-        return "lora_alpha"
-    tensors = load_file(path)
+        return "adapter_config.json"
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
     first = min(tensors)
     if name == "nan":
         tensors[first][0, 0] = float("nan")

@@ -150,3 +150,15 @@ def test_sigterm_saves_and_resume_goes_on(straight: Path, tmp_path: Path, monkey
     assert run_cli("train", folder / "recipe.yaml", "--resume").code == 0
     assert state_digest(folder / "run", 5) == state_digest(straight / "run", 5)
     assert losses(folder / "run") == losses(straight / "run")
+
+
+def test_a_fork_from_an_older_step_keeps_what_it_saves(straight: Path, tmp_path: Path) -> None:
+    """Checkpoints past the step that is resumed belong to another course: they go, and the new ones stay."""
+    folder = tmp_path / "fork"
+    shutil.copytree(straight, folder)
+    outcome = run_cli("train", folder / "recipe.yaml", "--resume", "--from", "2", "train.keep=1", "eval.every=0")
+    assert outcome.code == 0, outcome.err
+    steps = sorted(path.name for path in (folder / "run" / "ckpt").iterdir())
+    assert steps[-1] == "step-000005" and "step-000002" not in steps
+    assert state_digest(folder / "run", 5) == state_digest(straight / "run", 5)
+    assert losses(folder / "run") == losses(straight / "run")

@@ -67,7 +67,8 @@ def test_positions_without_labels_take_no_part(tiny_llama_dir: Path) -> None:
     causal = CausalModel(tiny_base(tiny_llama_dir, quant_type="none").model)
     one = batch()
     with torch.no_grad():
-        hidden = causal.supervised_hidden(one)
+        supervised = one.labels[:, 1:] != IGNORE_INDEX
+        hidden = causal.decoder(input_ids=one.input_ids, use_cache=False).last_hidden_state[:, :-1][supervised]
         assert len(hidden) == one.num_supervised_tokens == 16
         logits = causal.head.logits(hidden)
         targets = one.labels[:, 1:][one.labels[:, 1:] != IGNORE_INDEX]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_train.artifacts import sha256_file
+from qlora_train.artifacts import publishing, sha256_file
 from qlora_train.errors import ModelError, SecurityError
 from qlora_train.model.source import GGUF_CONVERSION, Source, cache_dir, resolve_source
 from qlora_train.recipe.schema import ModelSection
@@ -107,8 +107,13 @@ def test_a_gguf_file_is_looked_up_by_its_content(tmp_path: Path, monkeypatch: py
     file = tmp_path / "base.gguf"
     file.write_bytes(b"GGUF some bytes")
     digest = sha256_file(file)
-    folder = model_folder(tmp_path / "cache" / "gguf" / f"{digest[:32]}-v{GGUF_CONVERSION}")
+    folder = tmp_path / "cache" / "gguf" / f"{digest[:32]}-v{GGUF_CONVERSION}"
+    with publishing(folder, manifest={}) as temporary:
+        model_folder(temporary)
     assert resolve(file) == Source(str(file), folder, file_sha256=digest)
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"cached model .* is damaged"):
+        resolve(file)
 
 
 def test_a_gguf_file_that_is_none_leaves_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,7 +150,9 @@ def test_weights_are_asked_for_only_when_needed(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"no \*\.safetensors"):
         resolve(folder)
     with pytest.raises(SecurityError, match="auto_map"):
-        resolve(model_folder(folder, auto_map={"AutoModel": "x.Y"}), weights=False)
+        resolve(model_folder(folder, model_type="own", auto_map={"AutoModel": "x.Y"}), weights=False)
+    known = model_folder(folder, auto_map={"AutoModel": "x.Y"})
+    assert resolve(known, weights=False).folder == folder, "transformers implements it: the folder's code is not needed"
 
 
 def test_safetensors_beside_pickle_are_enough(tmp_path: Path) -> None:
