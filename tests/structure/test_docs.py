@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -40,6 +42,13 @@ def test_readme_lists_every_file_of_the_package() -> None:
     present = {relative(path) for path in python_files("qlora_train") if path.name != "__init__.py"}
     assert present - listed == set(), "not in the README's tree"
     assert {file for file in listed if file.endswith(".py")} - present - {"qlora_train/__init__.py"} == set(), "gone"
+
+
+def test_generated_parts_are_fresh() -> None:
+    """File tree and figures are what tools/render_docs.py makes of the files and of the last proof."""
+    command = [sys.executable, str(ROOT / "tools" / "render_docs.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_tree_is_read() -> None:

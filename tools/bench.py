@@ -1,4 +1,4 @@
-"""Training speed of eager attention against torch's sdpa on the quickstart's rows, interleaved: the README's "Speed".
+"""`make bench`: training speed on the quickstart's rows, with eager attention and with torch's sdpa, taking turns.
 
 Prints tokens per second of forward and backward, the best of several repeats of the same micro-batches.
 """
