@@ -53,7 +53,6 @@ def attach_adapter(model: nn.Module, section: AdapterSection, seed: int, *, base
             use_rslora=METHODS[section.method].use_rslora,
             bias="none",
             task_type="CAUSAL_LM",
-            base_model_name_or_path=base_name,
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(seed, "adapter"))
@@ -79,8 +78,11 @@ def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False, dro
 def _continue_from(model: nn.Module, section: AdapterSection) -> PeftModel:
     assert section.init_from is not None
     config = load_adapter_config(section.init_from)
-    asked = {"r": section.r, "alpha": section.alpha, "rslora": METHODS[section.method].use_rslora}
-    there = {"r": config.r, "alpha": config.lora_alpha, "rslora": config.use_rslora}
+    asked: dict[str, object] = {"r": section.r, "alpha": section.alpha, "rslora": METHODS[section.method].use_rslora}
+    there: dict[str, object] = {"r": config.r, "alpha": config.lora_alpha, "rslora": config.use_rslora}
+    if not isinstance(section.target_modules, str):  # the default asks for nothing in particular
+        asked["target_modules"] = sorted(section.target_modules)
+        there["target_modules"] = sorted(config.target_modules or ())
     if differing := [key for key in asked if asked[key] != there[key]]:
         what = ", ".join(f"{key} is {there[key]} there and {asked[key]} here" for key in differing)
         raise ModelError(

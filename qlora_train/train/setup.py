@@ -100,7 +100,7 @@ def prepare(recipe: Recipe, run_dir: RunDir, reporter: Reporter) -> Prepared:
     add_end_tokens(base.model, inputs.train.table.end_token_ids())
     model = attach_adapter(base.model, recipe.adapter, recipe.run.seed, base_name=inputs.source.name)
     if recipe.train.checkpointing == "full":
-        base.model.gradient_checkpointing_enable({"use_reentrant": False})
+        base.model.activation_checkpointing_enable({"use_reentrant": False})
     # accelerate keeps the first device of a process for ever; a second run of a notebook may want another.
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=base.device.type == "cpu", mixed_precision="no")

@@ -76,7 +76,7 @@ def test_checkpointing_changes_no_bit_even_with_dropout(tiny_llama_dir: Path) ->
     model = with_adapter(tiny_base(tiny_llama_dir), dropout=0.3)
     torch.manual_seed(5)
     expected_loss, expected = _loss_and_gradients(model, _batch())
-    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
     torch.manual_seed(5)
     loss, found = _loss_and_gradients(model, _batch())
     assert torch.equal(loss, expected_loss)

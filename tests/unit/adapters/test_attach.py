@@ -183,6 +183,7 @@ def test_init_from_goes_on_to_the_bit(saved: tuple[Path, dict[str, torch.Tensor]
         ({"r": 8}, "r is 4 there and 8 here"),
         ({"alpha": 16.0}, r"alpha is 8\.0 there and 16\.0 here"),
         ({"method": "rslora"}, "rslora is False there and True here"),
+        ({"target_modules": ("q_proj",)}, "target_modules is"),
     ],
 )
 def test_init_from_refuses_another_scale(
