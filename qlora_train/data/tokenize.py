@@ -40,10 +40,6 @@ class TokenTable:
         """Rows in the table."""
         return len(self.where)
 
-    def num_supervised(self) -> int:
-        """Tokens that are trained."""
-        return int(self.supervised.sum())
-
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of each row."""
         return np.diff(self.starts)
