@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from qlora_train.model.load import with_end_tokens
+
 
 @dataclass(frozen=True)
 class Question:
@@ -121,6 +123,4 @@ def encode_prompts(tokenizer: Any, questions: Sequence[Question]) -> Any:
 
 def end_token_ids(model: Any, tokenizer: Any) -> list[int]:
     """The tokens that end an answer: the tokenizer's and those of the generation config."""
-    configured = model.generation_config.eos_token_id
-    configured = configured if isinstance(configured, list) else [configured]
-    return sorted({tokenizer.eos_token_id, *(i for i in configured if i is not None)})
+    return with_end_tokens(model.generation_config.eos_token_id, [tokenizer.eos_token_id])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from qlora_train.errors import MachineError, ModelError, RecipeError
 from qlora_train.export.card import figures, model_card
 from qlora_train.export.merge import merge_to
 from qlora_train.export.verify import Verdict, rows_to_verify, verify
-from qlora_train.model.load import memory_advice
+from qlora_train.model.load import memory_advice, with_end_tokens
 from qlora_train.model.source import Source
 from qlora_train.model.trained import FinishedRun
 from qlora_train.recipe.schema import Recipe
@@ -37,11 +36,12 @@ def run_export(run: FinishedRun, target: Path) -> ExportResult:
     _check_disk(run, target)
     source = run.source()
     audit = read_json(run.run_dir.data)
-    held_out = rows_to_verify(run, run.tokenizer(source))
+    tokenizer = run.tokenizer(source)
+    held_out = rows_to_verify(run, tokenizer)
     with publishing(target, manifest={"base_digest": run.base_print.digest}) as folder, memory_advice():
         rows = merge_to(folder, run, source)
         _write_configs(folder, run.recipe, source, audit["end_token_ids"])
-        run.tokenizer(source).save_pretrained(str(folder))
+        tokenizer.save_pretrained(str(folder))
         verdict = verify(run, folder, held_out)
         if not verdict.accepted:
             raise ModelError(
@@ -58,7 +58,7 @@ def run_export(run: FinishedRun, target: Path) -> ExportResult:
 def _check_disk(run: FinishedRun, target: Path) -> None:
     """Refuse before any work when the weights cannot fit."""
     width = {"float32": 4}.get(run.recipe.export.export_dtype, 2)
-    needed = width * sum(math.prod(tensor.shape) for tensor in run.base_print.tensors.values())
+    needed = width * run.base_print.num_params
     folder = next(p for p in target.absolute().parents if p.exists())
     if (free := shutil.disk_usage(folder).free) < needed:
         raise MachineError(
@@ -74,9 +74,7 @@ def _write_configs(folder: Path, recipe: Recipe, source: Source, end_token_ids: 
     config["dtype"] = recipe.export.export_dtype
     path = source.folder / "generation_config.json"
     generation: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    known = generation.get("eos_token_id", config.get("eos_token_id"))
-    known = [] if known is None else known if isinstance(known, list) else [known]
-    ends = sorted({*known, *end_token_ids})
+    ends = with_end_tokens(generation.get("eos_token_id", config.get("eos_token_id")), end_token_ids)
     generation["eos_token_id"] = ends if len(ends) > 1 else ends[0]
     for name, content in (("config.json", config), ("generation_config.json", generation)):
         (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -85,7 +84,7 @@ def verify(run: FinishedRun, merged_folder: Path, held_out: tuple[str, list[Micr
     reference = observe(causal, batches, device)
     with trained.model.disable_adapter():
         off = observe(causal, batches, device)
-    num_bytes = 4 * sum(math.prod(tensor.shape) for tensor in trained.base.print.tensors.values())
+    num_bytes = torch.float32.itemsize * run.base_print.num_params
     del trained, causal
     gc.collect()
     if device.type == "cuda":

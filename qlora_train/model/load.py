@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -165,9 +164,9 @@ def _check_print(source: Source, base_print: BasePrint, quant: QuantSection | No
     if quant is None:
         return
     wanted = QuantSettings(quant.quant_type, quant.double_quant, quant.block_size, quant.storage_dtype)
-    linear_numel = sum(math.prod(t.shape) for name, t in base_print.tensors.items() if len(t.shape) > 1)
-    quantised_numel = sum(math.prod(t.shape) for t in base_print.tensors.values() if t.quantised)
-    embedding_numel = sum(math.prod(t.shape) for n, t in base_print.tensors.items() if n in embeddings)
+    linear_numel = sum(t.num_params for t in base_print.tensors.values() if len(t.shape) > 1)
+    quantised_numel = sum(t.num_params for t in base_print.tensors.values() if t.quantised)
+    embedding_numel = sum(t.num_params for n, t in base_print.tensors.items() if n in embeddings)
     if not quant.skip_modules and quantised_numel < LEAST_QUANTISED_FRAC * (linear_numel - embedding_numel):
         raise ModelError(
             f"only {quantised_numel / 1e6:,.0f}M of {(linear_numel - embedding_numel) / 1e6:,.0f}M weights could be "
@@ -180,11 +179,20 @@ def _check_print(source: Source, base_print: BasePrint, quant: QuantSection | No
         )
 
 
+def with_end_tokens(configured: int | list[int] | None, end_token_ids: Iterable[int]) -> list[int]:
+    """The ids of an `eos_token_id` setting, which may be none, one or a list, together with further ones.
+
+    >>> with_end_tokens(2, [7]), with_end_tokens(None, [7]), with_end_tokens([9, 2], [2])
+    ([2, 7], [7], [2, 9])
+    """
+    known = [] if configured is None else configured if isinstance(configured, list) else [configured]
+    return sorted({*known, *end_token_ids})
+
+
 def add_end_tokens(model: Any, end_token_ids: list[int]) -> None:
     """Let generation stop at the tokens that were trained as the end, besides those that the model stops at already."""
-    known = model.generation_config.eos_token_id
-    known = [] if known is None else known if isinstance(known, list) else [known]
-    model.generation_config.eos_token_id = sorted({*known, *end_token_ids})
+    config = model.generation_config
+    config.eos_token_id = with_end_tokens(config.eos_token_id, end_token_ids)
 
 
 def to_float32(model: nn.Module) -> None:

@@ -27,17 +27,10 @@ def dtype_table(base_print: BasePrint) -> list[DtypeRow]:
     rows = []
     for kind, names in groups.items():
         tensors = [base_print.tensors[name] for name in names]
-        num_params = sum(_numel(t.shape) for t in tensors)
+        num_params = sum(t.num_params for t in tensors)
         short = tuple(dict.fromkeys(_short(name) for name in names))
         rows.append(DtypeRow(kind, len(names), num_params, sum(t.num_bytes for t in tensors), short))
     return sorted(rows, key=lambda row: -row.num_bytes)
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product
 
 
 def _short(name: str) -> str:

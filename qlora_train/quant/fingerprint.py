@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass
 
 import torch
@@ -23,6 +24,11 @@ class TensorPrint:
     quantised: bool
     finite: bool
 
+    @property
+    def num_params(self) -> int:
+        """Weights, however few bits each takes."""
+        return math.prod(self.shape)
+
 
 @dataclass(frozen=True)
 class BasePrint:
@@ -30,6 +36,11 @@ class BasePrint:
 
     tensors: dict[str, TensorPrint]
     quant: dict[str, object]  # settings read back from the loaded weights; empty for an unquantised base
+
+    @property
+    def num_params(self) -> int:
+        """Weights of the whole base."""
+        return sum(tensor.num_params for tensor in self.tensors.values())
 
     @property
     def digest(self) -> str:
