@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_train.artifacts import RunDir
+from qlora_train.artifacts import RunDir, locked
+from qlora_train.data.account import Account, account_for, build_loader, write_account
 from qlora_train.data.audit import Audit
 from qlora_train.data.preview import PreviewRow, preview
-from qlora_train.data.split import load_split
+from qlora_train.data.split import holds_out, load_split, load_splits
 from qlora_train.environment import environment
 from qlora_train.errors import DataError, ModelError
 from qlora_train.evaluate.chat import ChatSession
@@ -23,11 +24,12 @@ from qlora_train.export.verify import load_merged
 from qlora_train.model.causal import CausalModel
 from qlora_train.model.load import resolve_device
 from qlora_train.model.skeleton import linear_layers, load_tokenizer, name_table
-from qlora_train.model.source import Source
+from qlora_train.model.source import Source, resolve_source
 from qlora_train.model.trained import load_trained, open_run, refuse_other_base
 from qlora_train.recipe.load import LoadedRecipe, load_recipe
+from qlora_train.recipe.schema import SourceSection
 from qlora_train.train.metrics import Reporter, Silent
-from qlora_train.train.run import TrainResult, run_training
+from qlora_train.train.run import TrainResult, refuse_used, run_training
 from qlora_train.train.setup import load_inputs
 
 __all__ = [
@@ -36,6 +38,7 @@ __all__ = [
     "LoadedRecipe",
     "TrainResult",
     "check",
+    "data",
     "env",
     "evaluate",
     "export",
@@ -53,8 +56,16 @@ class CheckResult:
     audits: tuple[Audit, ...]
     linear_layers: dict[str, int]  # last name -> how many layers bear it
     preview: tuple[PreviewRow, ...]
-    steps_per_epoch: int
+    num_steps: int
     num_params: int
+
+
+@dataclass(frozen=True)
+class DataResult:
+    """The account of a recipe's data, and the page in the run folder that shows it."""
+
+    account: Account
+    page: Path
 
 
 @dataclass(frozen=True)
@@ -70,18 +81,33 @@ def check(recipe: Path, overrides: Sequence[str] = ()) -> CheckResult:
 
     Weights are neither read nor downloaded, but for a GGUF file, which is dequantised into the cache once.
     """
-    loaded = load_recipe(recipe, overrides)
-    section = loaded.recipe.train
-    inputs = load_inputs(loaded.recipe, weights=False)
-    num_rows = inputs.train.table.num_rows
-    rows_per_step = section.micro_batch_size * section.grad_accum_steps
+    settings = load_recipe(recipe, overrides).recipe
+    inputs = load_inputs(settings, weights=False)
+    table = inputs.train.table
     return CheckResult(
         audits=tuple(split.audit for split in (inputs.train, inputs.eval) if split),
         linear_layers=name_table(linear_layers(inputs.skeleton)),
-        preview=tuple(preview(inputs.train.table, inputs.tokenizer, range(min(PREVIEW_ROWS, num_rows)))),
-        steps_per_epoch=-(-num_rows // rows_per_step),
+        preview=tuple(preview(table, inputs.tokenizer, range(min(PREVIEW_ROWS, table.num_rows)))),
+        num_steps=build_loader(settings, inputs.train, inputs.tokenizer.pad_token_id).num_steps(settings.train.epochs),
         num_params=sum(parameter.numel() for parameter in inputs.skeleton.parameters()),
     )
+
+
+def data(recipe: Path, overrides: Sequence[str] = ()) -> DataResult:
+    """Account for every row of a recipe's data, and write the account into its run folder; no weights, no training.
+
+    Raises RecipeError, DataError and ModelError as training would, MachineError when the folder cannot be written.
+    """
+    settings = load_recipe(recipe, overrides).recipe
+    tokenizer = load_tokenizer(resolve_source(settings.model, weights=False), settings.model.chat_template)
+    train_split, held_out = load_splits(settings, tokenizer)
+    loader = build_loader(settings, train_split, tokenizer.pad_token_id)
+    account = account_for(settings, train_split, held_out, tokenizer, loader)
+    run_dir = RunDir(settings.run.dir)
+    refuse_used(run_dir)
+    with locked(run_dir):
+        write_account(run_dir, account.as_dict(settings), train_split, held_out)
+    return DataResult(account, run_dir.audit_page)
 
 
 def train(
@@ -110,8 +136,9 @@ def evaluate(run: Path, overrides: Sequence[str] = (), *, rows: Path | None = No
     finished = open_run(run, overrides, sections=("eval", "data"))
     recipe = finished.recipe
     if rows is not None:
-        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"eval": (rows,)})})
-    if not recipe.data.eval:
+        changed = {"eval": (SourceSection(path=str(rows.absolute())),), "split": None}
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update=changed)})
+    if not holds_out(recipe.data):
         raise DataError("the recipe names no held-out rows", fix="give a file: qlora-train eval RUN --rows FILE")
     split = load_split(recipe.data, "eval", finished.tokenizer(finished.source()), recipe.run.seed)
     trained = load_trained(finished)

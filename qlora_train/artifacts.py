@@ -10,6 +10,7 @@ import os
 import secrets
 import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -47,8 +48,23 @@ class RunDir:
 
     @property
     def data(self) -> Path:
-        """The fate of every row."""
+        """The account of the data: counts, sources, duplicates, packing."""
         return self.root / "data.json"
+
+    @property
+    def fates(self) -> Path:
+        """One JSON line for each row that is not trained on whole, with the reason."""
+        return self.root / "fates.jsonl"
+
+    @property
+    def rejected(self) -> Path:
+        """The rows that `data.bad_rows: skip` left out, as they were written, with the reason."""
+        return self.root / "rejected.jsonl"
+
+    @property
+    def audit_page(self) -> Path:
+        """The account of the data as a page to read."""
+        return self.root / "audit.html"
 
     @property
     def metrics(self) -> Path:
@@ -88,9 +104,22 @@ class RunDir:
     def facts(self) -> tuple[Path, ...]:
         """What a run writes before its first checkpoint, and writes anew when it starts again."""
         return (
-            *(self.recipe, self.environment, self.base, self.data, self.evaluation, self.metrics),
+            *(self.recipe, self.environment, self.base, self.evaluation, self.metrics),
+            *(self.data, self.fates, self.rejected, self.audit_page),
             *(self.chat_template, self.checkpoints, self.lock),
         )
+
+
+def cache_dir() -> Path:
+    """QLORA_TRAIN_CACHE, else the XDG cache, else a folder of this user under the temporary directory."""
+    if explicit := os.environ.get("QLORA_TRAIN_CACHE"):
+        return Path(explicit)
+    if xdg := os.environ.get("XDG_CACHE_HOME"):
+        return Path(xdg) / "qlora_train"
+    try:
+        return Path.home() / ".cache" / "qlora_train"
+    except RuntimeError:  # no HOME and no entry in the user database
+        return Path(tempfile.gettempdir()) / f"qlora_train-{os.getuid()}"
 
 
 def fsync_dir(folder: Path) -> None:

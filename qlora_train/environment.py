@@ -17,6 +17,9 @@ PACKAGES = (
     "accelerate",
     "safetensors",
     "tokenizers",
+    "jinja2",
+    "datasets",
+    "pyarrow",
     "numpy",
     "pydantic",
 )
@@ -33,9 +36,9 @@ def versions() -> dict[str, str]:
     return found
 
 
-def code_sha256() -> str:
-    """One hash over this package's own source files: what exactly ran."""
-    folder = Path(__file__).resolve().parent
+def code_sha256(part: str = "") -> str:
+    """One hash over this package's own source files, or over those of one part of it: what exactly ran."""
+    folder = Path(__file__).resolve().parent / part
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):
         digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")

@@ -22,6 +22,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         weight_VH: Tensor,
         bias_V: Tensor | None,
         labels_N: Tensor,
+        weights_N: Tensor | None,
         softcap: float,
         chunk: int,
     ) -> Tensor:
@@ -30,11 +31,13 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         grad_NH = torch.empty_like(hidden_NH) if needs_grad else None
         for start in range(0, hidden_NH.shape[0], chunk):
             hidden, labels = hidden_NH[start : start + chunk], labels_N[start : start + chunk]
+            weights = None if weights_N is None else weights_N[start : start + chunk]
             logits = torch.nn.functional.linear(hidden, weight_VH, bias_V).float()
             if softcap:
                 logits.div_(softcap).tanh_().mul_(softcap)
             log_norm = torch.logsumexp(logits, dim=-1)
-            loss_sum += (log_norm - logits.gather(1, labels[:, None])[:, 0]).sum()
+            losses = log_norm - logits.gather(1, labels[:, None])[:, 0]
+            loss_sum += losses.sum() if weights is None else (weights * losses).sum()
             if grad_NH is None:
                 continue
             slope = 1 - (logits / softcap).square() if softcap else None
@@ -42,6 +45,8 @@ class _LinearCrossEntropySum(torch.autograd.Function):
             grad_logits[torch.arange(len(labels), device=labels.device), labels] -= 1
             if slope is not None:
                 grad_logits.mul_(slope)
+            if weights is not None:
+                grad_logits.mul_(weights[:, None])
             torch.mm(grad_logits.to(hidden.dtype), weight_VH, out=grad_NH[start : start + chunk])
         ctx.save_for_backward(grad_NH)
         return loss_sum
@@ -50,7 +55,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         (grad_NH,) = ctx.saved_tensors
-        return grad_NH * grad_loss.to(grad_NH.dtype), None, None, None, None, None
+        return grad_NH * grad_loss.to(grad_NH.dtype), None, None, None, None, None, None
 
 
 def linear_cross_entropy_sum(
@@ -59,10 +64,14 @@ def linear_cross_entropy_sum(
     labels_N: Tensor,
     *,
     bias_V: Tensor | None = None,
+    weights_N: Tensor | None = None,
     softcap: float = 0.0,
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> Tensor:
-    """`sum_n -log softmax(cap(hidden_n W^T + b))[label_n]` in nats, a float32 scalar; the count is the caller's.
+    """`sum_n weight_n * -log softmax(cap(hidden_n W^T + b))[label_n]` in nats, a float32 scalar.
+
+    The count, or the sum of the weights, is the caller's to divide by. weights_N is float32; None stands for all 1 and
+    gives the same bits as ones do.
 
     hidden_NH and weight_VH share one dtype; logits are taken to float32 before the softmax; labels_N is int64 and holds
     no ignored position: gather the supervised ones first, and the others cost nothing. Where softcap is not 0,
@@ -74,5 +83,7 @@ def linear_cross_entropy_sum(
     """
     if weight_VH.requires_grad or (bias_V is not None and bias_V.requires_grad):
         raise ValueError("linear_cross_entropy_sum works with a frozen head only")
-    result: Tensor = _LinearCrossEntropySum.apply(hidden_NH, weight_VH, bias_V, labels_N, softcap, chunk_tokens)
+    result: Tensor = _LinearCrossEntropySum.apply(
+        hidden_NH, weight_VH, bias_V, labels_N, weights_N, softcap, chunk_tokens
+    )
     return result

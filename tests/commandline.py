@@ -61,8 +61,8 @@ def write_recipe(folder: Path, model: Path, **changes: Any) -> Path:
     sections: dict[str, dict[str, Any]] = {
         "model": {"path": str(model), "compute_dtype": "float32"},
         "adapter": {"r": 4, "alpha": 8, "dropout": 0.1},
-        "data": {"train": ["train.jsonl"], "eval": ["test.jsonl"], "seq_len": 128},
-        "train": {"micro_batch_size": 2, "grad_accum_steps": 2, "learning_rate": 0.01, "save_every": 2, "epochs": 1},
+        "data": {"train": ["train.jsonl"], "eval": ["test.jsonl"], "seq_len": 96},
+        "train": {"micro_batch_size": 1, "grad_accum_steps": 2, "learning_rate": 0.01, "save_every": 2, "epochs": 1},
         "eval": {"every": 0, "generate_rows": 2, "max_new_tokens": 4, "batch_size": 3},
         "export": {"verify_rows": 6},
         "run": {"dir": "run"},

@@ -43,6 +43,15 @@ def seeds() -> None:
         sys.modules["torch"].manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def own_cache(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cache of this test run's own; only the real model, which takes a minute to convert, stays in the user's."""
+    if not request.node.get_closest_marker("real"):
+        monkeypatch.setenv("QLORA_TRAIN_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
 @pytest.fixture(scope="session")
 def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny random Llama (tied head) and its tokenizer. Never write into it: all tests share it."""

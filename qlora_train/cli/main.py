@@ -101,6 +101,17 @@ def check(
 
 @app.command()
 @verb
+def data(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Account for every row of a recipe's data: kept, cut, dropped, rejected, duplicate; and show what is trained."""
+    from qlora_train import api
+    from qlora_train.cli import show
+
+    result = api.data(recipe, overrides or ())
+    show.json_or(as_json, result, lambda: show.data(result))
+
+
+@app.command()
+@verb
 def train(
     recipe: RecipePath,
     overrides: Overrides = None,

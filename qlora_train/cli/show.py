@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from qlora_train.api import CheckResult, ExportResult, TrainResult
-from qlora_train.data.preview import printable
+from qlora_train.api import CheckResult, DataResult, ExportResult, TrainResult
+from qlora_train.data.audit import Audit
+from qlora_train.data.preview import PreviewRow, printable
 from qlora_train.evaluate.sides import SideScores
 
 SAMPLES = 3
@@ -51,24 +52,83 @@ def _table(*columns: str) -> Table:
 def check(result: CheckResult, *, list_modules: bool) -> None:
     """The audit lines, and the first rows with what is trained in bold green."""
     for audit in result.audits:
-        _console.print(Text(audit.summary()))
-        for fate in [fate for fate in audit.fates if fate.fate != "not_selected"][:20]:
-            _console.print(Text(f"  {fate.where}: {fate.fate}: {printable(fate.reason)}"))
-    _console.print(
-        Text(f"{result.num_params / 1e6:,.1f}M parameters; {result.steps_per_epoch:,} optimiser steps per epoch")
-    )
+        _audit(audit)
+    _console.print(Text(f"{result.num_params / 1e6:,.1f}M parameters; {result.num_steps:,} optimiser steps"))
     if list_modules:
         table = _table("linear layer", "layers")
         for name, count in result.linear_layers.items():
             table.add_row(name, str(count))
         _console.print(table)
-    _console.print(Text("\nRows as they are trained: tokens between bars, supervised ones in brackets and green."))
-    for row in result.preview:
-        line = Text(f"{row.where}\n  ")
-        for text, supervised in row.tokens:
-            line.append(f"[{text}]" if supervised else f"{text}|", "bold green" if supervised else "dim")
-        _console.print(line, soft_wrap=True)
+    _rows(result.preview)
     _console.print(Text("The recipe is sound."))
+
+
+def data(result: DataResult) -> None:
+    """The account of the data: fates, sources, duplicates, overlap, batching, and rows with what is trained."""
+    account = result.account
+    for split in account.splits:
+        _audit(split.audit)
+        table = _table("source", "format", "weight", "rows", "trained")
+        for source in split.audit.sources:
+            counts = (f"{source.weight:g}", f"{source.num_rows:,}", f"{source.num_trained:,}")
+            table.add_row(printable(source.name), source.format, *counts)
+        _console.print(table)
+        near = split.near_duplicates
+        _console.print(
+            Text(
+                f"{split.duplicates.num_duplicates:,} rows repeat an earlier one, {near.num_near:,} nearly do "
+                f"({near.num_compared:,} compared, {near.num_too_short:,} too short to compare)"
+            )
+        )
+        for pair in (*split.duplicates.examples[:3], *near.examples[:3]):
+            _console.print(Text(f"  {printable(pair.second)} is like {printable(pair.first)} ({pair.similarity:.0%})"))
+        _console.print()
+    if account.overlap:
+        found = account.overlap
+        _console.print(
+            Text(
+                f"of {found.num_eval_rows:,} held-out rows {found.num_rows:,} are trained on too, and "
+                f"{found.num_prompts:,} ask what a training row asks"
+            )
+        )
+    batching = account.batching
+    _console.print(
+        Text(
+            f"{batching.kind}: {batching.num_lines:,} {'packs' if batching.kind == 'packed' else 'rows'} an epoch, "
+            f"{batching.padding_frac:.2%} padding; {batching.num_steps:,} optimiser steps in all"
+        )
+    )
+    for split in account.splits[:1]:
+        _rows(split.rows)
+    _console.print(Text(f"the whole account: {result.page}"), soft_wrap=True)
+
+
+def _audit(audit: Audit) -> None:
+    """A split's line, and the reasons of the rows that are not trained on whole."""
+    _console.print(Text(audit.summary()))
+    for entry in audit.reasons[:20]:
+        if entry.fate not in ("held_out", "not_selected"):
+            _console.print(Text(f"  {entry.count:,} {entry.fate}: {printable(entry.examples[0])}"))
+    if audit.num_plain_specials:
+        _console.print(Text(f"  {audit.num_plain_specials:,} special tokens written in content are encoded as text"))
+    if audit.num_control_specials:
+        what = "special tokens written in answers or verbatim text are control tokens"
+        _console.print(Text(f"  {audit.num_control_specials:,} {what}"))
+    if audit.num_context_turns:
+        what = "earlier answers are not trained: the chat template drops their reasoning"
+        _console.print(Text(f"  {audit.num_context_turns:,} {what}"))
+
+
+def _rows(rows: Sequence[PreviewRow]) -> None:
+    _console.print(Text("\nRows as they are trained: tokens between bars, supervised ones in brackets and green."))
+    for row in rows:
+        line = Text(f"{row.where}{f' ({row.reason})' if row.reason else ''}\n  ")
+        for part in (row.tokens, row.tail):
+            for text, weight in part:
+                line.append(f"[{text}]" if weight else f"{text}|", "bold green" if weight else "dim")
+            if part is row.tokens and row.num_left_out:
+                line.append(f" ... {row.num_left_out:,} tokens ... ")
+        _console.print(line, soft_wrap=True)
 
 
 def sides(base: SideScores, adapter: SideScores) -> None:

@@ -1,140 +1,204 @@
-"""The shapes a row may have, and the reading of files into rows of one shape."""
+"""The shapes a row may have, and the parsing of one row's columns."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
-from pathlib import Path
 
-from qlora_train.data.conversation import Message, parse_messages
-from qlora_train.data.jsonl import read_objects, text_value
-from qlora_train.data.problems import ProblemList, RowFault
+from qlora_train.data.conversation import SHAREGPT_ROLES, json_list, parse_messages, parse_tools
+from qlora_train.data.problems import RowFault
+from qlora_train.data.rows import MessagesRow, PromptCompletionRow, Row, TextRow
+from qlora_train.data.values import json_name, text_value
 
 Columns = Mapping[str, object]
+ColumnMap = Mapping[str, str]  # our name -> the name in the file
+_NO_MAP: ColumnMap = {}
 
 
-@dataclass(frozen=True)
-class MessagesRow:
-    """A conversation that ends with an answer."""
-
-    where: str  # path:line
-    messages: tuple[Message, ...]
+def _messages_row(where: str, columns: Columns, names: ColumnMap) -> Row:
+    messages, weights = parse_messages(columns["messages"], "messages", _keys(names, "role", "content"))
+    return MessagesRow(where, messages, parse_tools(columns.get("tools")), weights)
 
 
-@dataclass(frozen=True)
-class PromptCompletionRow:
-    """A prompt and what is to follow it, both verbatim: no template, no space between them but their own."""
-
-    where: str
-    prompt: str
-    completion: str
-
-
-@dataclass(frozen=True)
-class TextRow:
-    """Plain text, trained on from end to end."""
-
-    where: str
-    text: str
-
-
-Row = MessagesRow | PromptCompletionRow | TextRow
+def _sharegpt_row(where: str, columns: Columns, names: ColumnMap) -> Row:
+    """`conversations` of from/value, or of role/content; `system` and `tools` beside them, as LLaMA-Factory writes."""
+    entries = json_list(columns["conversations"], "conversations", "messages", _SHAREGPT_SHAPE)
+    keys = _keys(names, "from", "value")
+    if entries and isinstance(entries[0], dict) and keys[0] not in entries[0] and "role" in entries[0]:
+        keys = _keys(names, "role", "content")
+    if (system := _optional_text(columns, "system")) and entries:
+        if isinstance(entries[0], dict) and entries[0].get(keys[0]) == "system":
+            raise RowFault("system is given twice: as a column and as conversations[0]", "keep one of them")
+        turns, weights = parse_messages(entries, "conversations", keys, SHAREGPT_ROLES)
+        turns = ({"role": "system", "content": system}, *turns)
+        weights = None if weights is None else (0.0, *weights)
+    else:
+        turns, weights = parse_messages(entries, "conversations", keys, SHAREGPT_ROLES)
+    return MessagesRow(where, turns, parse_tools(columns.get("tools")), weights)
 
 
-def _messages_row(where: str, columns: Columns) -> Row:
-    return MessagesRow(where, parse_messages(columns["messages"]))
+def _alpaca_row(where: str, columns: Columns, names: ColumnMap) -> Row:
+    """A user message of the instruction and, after a blank line, the input where there is one; then the output.
+
+    No "### Instruction:" is put around them: the model's own chat template says where a question and an answer begin.
+    """
+    question = text_value(columns["instruction"], "instruction")
+    if given := _optional_text(columns, "input"):
+        question = f"{question}\n\n{given}" if question.strip() else given
+    if not question.strip():
+        raise RowFault("instruction is empty", "fill it in, or leave the row out")
+    output = text_value(columns["output"], "output")
+    if not output.strip():
+        raise RowFault("output is empty", "fill it in, or leave the row out: there is nothing to train")
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": output}]
+    if (history := columns.get("history")) is not None and history != "":
+        messages = [*_earlier_turns(history), *messages]
+    if system := _optional_text(columns, "system"):
+        messages = [{"role": "system", "content": system}, *messages]
+    return MessagesRow(where, tuple(messages))
 
 
-def _prompt_completion_row(where: str, columns: Columns) -> Row:
-    completion = text_value(columns["completion"], "completion")
-    if not completion.strip():
+def _earlier_turns(history: object) -> list[dict[str, str]]:
+    """The messages of alpaca's `history`, a list of pairs."""
+    fix = 'write [["question", "answer"], ...]'
+    messages = []
+    for index, pair in enumerate(json_list(history, "history", "[question, answer] pairs", fix)):
+        if not isinstance(pair, list) or len(pair) != 2:
+            seen = f"a list of {len(pair)}" if isinstance(pair, list) else json_name(pair)
+            raise RowFault(f"history[{index}] is {seen}; expected a question and its answer", fix)
+        for role, text in zip(("user", "assistant"), pair, strict=True):
+            content = text_value(text, f"history[{index}]'s {role} message")
+            if role == "assistant" and not content.strip():
+                raise RowFault(f"history[{index}] has an empty answer", "fill it in, or leave the pair out")
+            messages.append({"role": role, "content": content})
+    return messages
+
+
+def _prompt_completion_row(where: str, columns: Columns, names: ColumnMap) -> Row:
+    """Both verbatim; or, where both are lists of messages, one conversation that is trained on in the completion."""
+    prompt, completion = columns["prompt"], columns["completion"]
+    if isinstance(prompt, list) and isinstance(completion, list):
+        for name, turns in (("prompt", prompt), ("completion", completion)):
+            if not turns:
+                raise RowFault(f"{name} is empty", "leave the row out")
+        keys = _keys(names, "role", "content")
+        messages, weights = parse_messages([*prompt, *completion], "prompt + completion", keys)
+        weights = weights or tuple(float(message["role"] == "assistant") for message in messages)
+        weights = (*([0.0] * len(prompt)), *weights[len(prompt) :])
+        if not any(weights):
+            raise RowFault("completion holds no answer to train", "end it with an assistant message")
+        return MessagesRow(where, messages, parse_tools(columns.get("tools")), weights)
+    answer = text_value(completion, "completion")
+    if not answer.strip():
         raise RowFault("completion is empty", "fill it in, or leave the row out: there is nothing to train")
-    return PromptCompletionRow(where, text_value(columns["prompt"], "prompt"), completion)
+    return PromptCompletionRow(where, text_value(prompt, "prompt"), answer)
 
 
-def _text_row(where: str, columns: Columns) -> Row:
+def _text_row(where: str, columns: Columns, names: ColumnMap) -> Row:
     text = text_value(columns["text"], "text")
     if not text.strip():
         raise RowFault("text is empty", "leave the row out: there is nothing to train")
     return TextRow(where, text)
 
 
+def _optional_text(columns: Columns, name: str) -> str:
+    """The text of a column that may be absent, null or blank: then it is empty."""
+    value = columns.get(name)
+    text = "" if value is None else text_value(value, name)
+    return text if text.strip() else ""
+
+
+def _keys(names: ColumnMap, role: str, content: str) -> tuple[str, str]:
+    """What a message's role and content are called in the file."""
+    return names.get(role, role), names.get(content, content)
+
+
 @dataclass(frozen=True)
 class _Format:
     columns: tuple[str, ...]
-    parse: Callable[[str, Columns], Row]
+    parse: Callable[[str, Columns, ColumnMap], Row]
+    optional: tuple[str, ...] = ()
+    inner: tuple[str, ...] = ()  # names inside the messages, which a column map may also give
 
 
-# In the order in which `auto` tries them: a set that has `messages` beside `prompt` keeps the whole conversation.
+# In the order in which they are told: a set that has `messages` beside `prompt` keeps the whole conversation.
 FORMATS: dict[str, _Format] = {
-    "messages": _Format(("messages",), _messages_row),
-    "prompt_completion": _Format(("prompt", "completion"), _prompt_completion_row),
+    "messages": _Format(("messages",), _messages_row, ("tools",), ("role", "content")),
+    "sharegpt": _Format(("conversations",), _sharegpt_row, ("system", "tools"), ("from", "value", "role", "content")),
+    "prompt_completion": _Format(("prompt", "completion"), _prompt_completion_row, ("tools",), ("role", "content")),
+    "alpaca": _Format(("instruction", "output"), _alpaca_row, ("input", "system", "history")),
     "text": _Format(("text",), _text_row),
 }
+# Every name that a column map may give.
+NAMES = frozenset(name for entry in FORMATS.values() for name in (*entry.columns, *entry.optional, *entry.inner))
+_SHAREGPT_SHAPE = 'write [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]'
 
 
-def read_rows(paths: Sequence[Path], row_format: str) -> list[Row]:
-    """Every row of the files, in order, or DataError with everything that is wrong in them (first 20 and the total).
+def detect(columns: Columns, column_map: ColumnMap = _NO_MAP) -> str | None:
+    """The format whose columns are there, else the one whose columns are there but for spelling, else None.
 
-    `row_format` is a name in `FORMATS`, or "auto": told by the columns of the first row, for all files.
+    A column map narrows the choice to formats that have the columns it names.
     """
-    problems = ProblemList()
-    rows: list[Row] = []
-    chosen = None if row_format == "auto" else row_format
-    for path in paths:
-        num_problems, num_objects = problems.total, 0
-        for where, columns in read_objects(path, problems):
-            num_objects += 1
-            chosen = chosen or _closest_format(columns)
-            try:
-                rows.append(_parse(where, columns, chosen))
-            except RowFault as fault:
-                problems.add(fault.what, fault.fix, where)
-        if not num_objects and problems.total == num_problems:
-            problems.add("holds no rows", "fill the file, or take it out of the recipe", str(path))
-    problems.raise_if_any()
-    return rows
+    mapped = [name for name, entry in FORMATS.items() if column_map.keys() <= _names(entry)]
+    for names in (mapped, list(FORMATS)):
+        for name in names:
+            if all(column_map.get(column, column) in columns for column in FORMATS[name].columns):
+                return name
+        for name in names:
+            if any(_nearest(column_map.get(column, column), columns) for column in FORMATS[name].columns):
+                return name
+    return mapped[0] if column_map and mapped else None
 
 
-def _parse(where: str, columns: Columns, row_format: str | None) -> Row:
-    """One row in the chosen format; RowFault where columns are missing or wrong."""
+def parse_row(where: str, columns: Columns, row_format: str | None, column_map: ColumnMap = _NO_MAP) -> Row:
+    """One row in a format of `FORMATS`; RowFault where columns are missing or wrong, or the format is None."""
     if row_format is None:
         shapes = "; ".join(f"{name}: {' + '.join(entry.columns)}" for name, entry in FORMATS.items())
-        raise RowFault(f"no format fits; columns found: {_listed(columns)}", f"rename the columns to one of {shapes}")
+        what = f"no format fits; columns found: {_listed(columns)}"
+        raise RowFault(what, f"rename the columns, or map them with `columns`, to one of {shapes}")
     entry = FORMATS[row_format]
-    if missing := [name for name in entry.columns if name not in columns]:
-        raise RowFault(*_missing_columns(missing, columns, row_format))
-    return entry.parse(where, columns)
+    if column_map:
+        columns = _renamed(columns, entry, column_map)
+    for name in entry.columns:
+        if name not in columns:
+            raise RowFault(*_missing_columns(columns, row_format))
+    return entry.parse(where, columns, column_map)
 
 
-def _missing_columns(missing: list[str], columns: Columns, row_format: str) -> tuple[str, str]:
+def _renamed(columns: Columns, entry: _Format, column_map: ColumnMap) -> Columns:
+    """The columns under our names. Names of other formats are passed over: one map may serve several sources."""
+    wanted = (*entry.columns, *entry.optional)
+    theirs = {ours: name for ours, name in column_map.items() if ours in wanted}
+    for ours, name in theirs.items():
+        if name not in columns:
+            near = _nearest(name, columns)
+            what = f"lacks {name!r}, which is to be read as {ours!r}; columns found: {_listed(columns)}"
+            raise RowFault(what, f"map {ours!r} to {near!r}" if near else "correct the column map, or add the column")
+    return {**columns, **{ours: columns[name] for ours, name in theirs.items()}}
+
+
+def _missing_columns(columns: Columns, row_format: str) -> tuple[str, str]:
     """What to say, and the fix, where a row lacks columns of the format that the recipe or the first row chose."""
+    missing = [name for name in FORMATS[row_format].columns if name not in columns]
     names = ", ".join(map(repr, missing))
     what = f"lacks {names} of the format {row_format!r}; columns found: {_listed(columns)}"
     if near := _nearest(missing[0], columns):
         return what, f"rename {near!r} to {missing[0]!r}"
     other = next((name for name, entry in FORMATS.items() if columns.keys() >= set(entry.columns)), None)
     if other:
-        return f"{what}, which is the format {other!r}", "keep rows of one format in a data set"
-    return what, "add the column, or set data.format to what the rows are"
+        return f"{what}, which is the format {other!r}", "keep rows of one format in a source"
+    return what, "add the column, or set the source's format to what its rows are"
 
 
-def _closest_format(columns: Columns) -> str | None:
-    """The format whose columns are there, else the one whose columns are there but for spelling, else None."""
-    for name, entry in FORMATS.items():
-        if columns.keys() >= set(entry.columns):
-            return name
-    for name, entry in FORMATS.items():
-        if any(_nearest(column, columns) for column in entry.columns):
-            return name
-    return None
+def _names(entry: _Format) -> frozenset[str]:
+    return frozenset((*entry.columns, *entry.optional, *entry.inner))
 
 
 def _nearest(wanted: str, columns: Iterable[str]) -> str | None:
     """The column that `wanted` was probably written as, if any."""
     lowered = {column.lower(): column for column in columns}
-    near = get_close_matches(wanted, lowered, n=1, cutoff=0.75)
+    near = get_close_matches(wanted.lower(), lowered, n=1, cutoff=0.75)
     return lowered[near[0]] if near else None
 
 

@@ -2,52 +2,67 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from math import ceil
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from qlora_train.data.tokenize import TokenTable
+from qlora_train.data.plan import Plan, Planner
+from qlora_train.data.table import TokenRow, TokenTable
 from qlora_train.names import IGNORE_INDEX
-from qlora_train.seeds import derive_seed
-
-# Micro-batches that are sorted by length together. More leaves less padding and makes epochs more alike.
-_WINDOW_MICRO_BATCHES = 16
 
 
 @dataclass(frozen=True, eq=False)
 class MicroBatch:
-    """Rows padded on the right to the longest of them.
+    """Rows in lines of tokens: one row a line, or, where packed, several end to end. Lines are padded on the right.
 
-    No attention mask is needed: padding stands after every real token of its row, where causal attention from a real
-    token never looks, and its labels are ignored. Labels are aligned with `input_ids`; the loss shifts them.
+    No attention mask is needed: padding stands after every real token of its line, where causal attention from a real
+    token never looks, and its labels are ignored. Rows of a pack are kept apart by `row_starts` and `row_lengths`
+    (model/attention.py). Labels are aligned with `input_ids`; the loss shifts them, and since no row supervises its
+    first token, nothing is predicted across a boundary.
     """
 
     input_ids: torch.Tensor  # (B, T) int64
     labels: torch.Tensor  # (B, T) int64, IGNORE_INDEX where not supervised
     num_supervised_tokens: int
-    row_ids: tuple[int, ...]  # rows of the table
+    row_ids: tuple[int, ...]  # rows of the table, line by line
     row_lengths: tuple[int, ...]  # tokens of each, without padding
+    row_starts: tuple[int, ...] | None = None  # of packed rows: line * T + offset in the line
+    position_ids: torch.Tensor | None = None  # (B, T) int64, where packed: from 0 in each row
+    weights: torch.Tensor | None = None  # (B, T) float32, of each label in the loss; None: all 1
 
     @property
     def num_tokens(self) -> int:
         """Tokens without padding."""
         return sum(self.row_lengths)
 
+    @property
+    def weight_sum(self) -> float:
+        """What the summed loss is divided by: the supervised tokens, each as often as it weighs."""
+        return float(self.num_supervised_tokens) if self.weights is None else float(self.weights.double().sum())
+
     def to(self, device: torch.device | str) -> MicroBatch:
         """The same micro-batch with its tensors on `device`."""
+
+        def moved(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            return None if tensor is None else tensor.to(device, non_blocking=True)
+
         return replace(
             self,
             input_ids=self.input_ids.to(device, non_blocking=True),
             labels=self.labels.to(device, non_blocking=True),
+            position_ids=moved(self.position_ids),
+            weights=moved(self.weights),
         )
 
 
 class Loader:
-    """Every row exactly once per epoch, in an order that follows from the seed and the epoch alone.
+    """The micro-batches of each step, and where in the data a step stands. See `data.plan` for their order.
 
     The last micro-batch and the last step of an epoch may be smaller; no row is dropped to make them even.
     """
@@ -60,80 +75,157 @@ class Loader:
         grad_accum_steps: int,
         pad_token_id: int,
         seed: int,
+        *,
+        seq_len: int,
+        source_passes: Sequence[float] = (),
     ) -> None:
-        assert table.num_rows > 0 and batching in ("shuffled", "length_grouped")
-        self._table, self._lengths = table, table.lengths()
-        self._length_grouped = batching == "length_grouped"
+        """`micro_batch_size` counts lines (packs or padded rows); `source_passes`: of each source, per epoch."""
+        self._table, self._pad_token_id = table, pad_token_id
         self._micro_batch_size, self._grad_accum_steps = micro_batch_size, grad_accum_steps
-        self._pad_token_id, self._seed = pad_token_id, seed
-        self._num_micro_batches = ceil(table.num_rows / micro_batch_size)
-        self._latest: tuple[int, list[NDArray[np.int64]]] | None = None
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimiser steps in which every row is seen once."""
-        return ceil(self._num_micro_batches / self._grad_accum_steps)
+        self._packed = batching == "packed"
+        sources = table.column("source")
+        passes = tuple(source_passes) or (1.0,) * (int(sources.max()) + 1)
+        self._planner = Planner(table.lengths, sources, passes, batching, micro_batch_size, seq_len, seed)
+        self._firsts = [(0, 0)]  # (step, row) that each epoch starts at, as far as known
 
     def step(self, step_index: int) -> list[MicroBatch]:
         """The micro-batches of one step, counted from 0 across epochs."""
-        epoch, within = divmod(step_index, self.steps_per_epoch)
-        first = within * self._grad_accum_steps
-        rows = self._plan(epoch)[first : first + self._grad_accum_steps]
-        return [collate(self._table, row_ids.tolist(), self._pad_token_id) for row_ids in rows]
+        epoch, within = self._locate(step_index)
+        return [self._collate(lines) for lines in self._lines_of_step(self._planner.plan(epoch), within)]
+
+    def num_steps(self, epochs: float) -> int:
+        """Optimiser steps of so many epochs; a part of an epoch is rounded up to whole steps."""
+        whole = int(epochs)
+        first = self._first(whole)[0]
+        if epochs == whole:
+            return first
+        part = (epochs - whole) * (self._first(whole + 1)[0] - first)
+        # 1.1 - 1 is a little more than 0.1: of ten steps that is still one.
+        return first + (max(1, ceil(part - 1e-6)) if part else 0)
+
+    def rows_before(self, step_index: int) -> int:
+        """Rows consumed by the steps before this one: the position in the data that a checkpoint stores."""
+        epoch, within = self._locate(step_index)
+        plan = self._planner.plan(epoch)
+        return self._first(epoch)[1] + plan.rows_before(within * self._grad_accum_steps)
 
     def longest_micro_batch(self) -> MicroBatch:
-        """The longest rows together: no micro-batch of any epoch needs more memory. For a rehearsal before step 0."""
-        longest = np.argsort(-self._lengths, kind="stable")[: self._micro_batch_size]
-        return collate(self._table, longest.tolist(), self._pad_token_id)
+        """The most tokens that come together in the first epoch: for a rehearsal before step 0.
+
+        Padded: the longest rows, more than any epoch needs. Packed: the fullest packs; how full packs are follows from
+        the lengths alone, so other epochs have the same unless a source is passed over a broken number of times.
+        """
+        if self._packed:
+            return self._collate(self._planner.plan(0).longest_lines(self._table.lengths, self._micro_batch_size))
+        longest = np.argsort(-self._table.lengths, kind="stable")[: self._micro_batch_size]
+        return self._collate([[row] for row in longest.tolist()])
+
+    def num_lines(self, epoch: int) -> int:
+        """Packs of an epoch, or padded rows."""
+        return len(self._planner.plan(epoch).line_starts) - 1
+
+    def num_tokens(self, epoch: int) -> int:
+        """Tokens of an epoch's rows, without padding."""
+        return int(self._table.lengths[self._planner.plan(epoch).rows].sum())
 
     def padding_frac(self, epoch: int) -> float:
         """Share of the epoch's positions that are padding."""
-        num_positions = sum(len(rows) * int(self._lengths[rows].max()) for rows in self._plan(epoch))
-        return 1 - int(self._lengths.sum()) / num_positions
+        return self._planner.plan(epoch).padding_frac(self._table.lengths)
 
-    def _plan(self, epoch: int) -> list[NDArray[np.int64]]:
-        """The rows of each micro-batch of an epoch. The latest epoch is kept: steps ask for it again and again."""
-        if self._latest is None or self._latest[0] != epoch:
-            self._latest = (epoch, self._planned(epoch))
-        return self._latest[1]
+    def _lines_of_step(self, plan: Plan, within: int) -> list[list[list[int]]]:
+        """Lines of rows of each micro-batch of a step.
 
-    def _planned(self, epoch: int) -> list[NDArray[np.int64]]:
-        generator = np.random.Generator(np.random.PCG64(derive_seed(self._seed, "order", epoch)))
-        order = generator.permutation(self._table.num_rows).astype(np.int64)
-        if not self._length_grouped:
-            return _cut(order, self._micro_batch_size)
-        windows = _cut(order, self._micro_batch_size * _WINDOW_MICRO_BATCHES)
-        by_length = [window[np.argsort(self._lengths[window], kind="stable")] for window in windows]
-        # A window is a whole number of micro-batches, so only the very last micro-batch can be small.
-        micro_batches = [rows for window in by_length for rows in _cut(window, self._micro_batch_size)]
-        return [micro_batches[index] for index in generator.permutation(len(micro_batches))]
+        The one place where several processes would part the work: process i of n would take every n-th micro-batch of
+        the step, [i::n], and everything that counts rows or tokens would go on counting the whole step.
+        """
+        first = within * self._grad_accum_steps
+        return [plan.lines(m) for m in range(first, min(first + self._grad_accum_steps, plan.num_micro_batches))]
+
+    def _collate(self, lines: Sequence[Sequence[int]]) -> MicroBatch:
+        return collate(self._table, lines, self._pad_token_id, packed=self._packed)
+
+    def _locate(self, step_index: int) -> tuple[int, int]:
+        """Epoch and step within it. An epoch may hold no row at all where sources are passed over less than once."""
+        while self._firsts[-1][0] <= step_index:
+            self._first(len(self._firsts))
+        epoch = bisect_right(self._firsts, step_index, key=lambda first: first[0]) - 1
+        return epoch, step_index - self._firsts[epoch][0]
+
+    def _first(self, epoch: int) -> tuple[int, int]:
+        """The first step and row of an epoch, counted from the start of training."""
+        while len(self._firsts) <= epoch:
+            num_micro_batches, num_rows = self._planner.size(len(self._firsts) - 1)
+            step, row = self._firsts[-1]
+            self._firsts.append((step + ceil(num_micro_batches / self._grad_accum_steps), row + num_rows))
+        return self._firsts[epoch]
 
 
 def eval_batches(table: TokenTable, batch_size: int, pad_token_id: int) -> Iterator[MicroBatch]:
-    """Every row once, longest first: little padding, and what does not fit in memory fails at once."""
-    order = np.argsort(-table.lengths(), kind="stable")
-    for row_ids in _cut(order, batch_size):
-        yield collate(table, row_ids.tolist(), pad_token_id)
+    """Every row once, padded, longest first: little padding, and what does not fit in memory fails at once."""
+    order = np.argsort(-table.lengths, kind="stable").tolist()
+    for first in range(0, len(order), batch_size):
+        yield collate(table, [[row] for row in order[first : first + batch_size]], pad_token_id)
 
 
-def collate(table: TokenTable, row_ids: Sequence[int], pad_token_id: int) -> MicroBatch:
-    """The rows as one micro-batch. Which labels are ignored follows from the table's mask, never from the pad id."""
-    rows = [table.row(index) for index in row_ids]
-    shape = (len(rows), max(len(ids) for ids, _ in rows))
-    input_ids = np.full(shape, pad_token_id, dtype=np.int64)
-    labels = np.full(shape, IGNORE_INDEX, dtype=np.int64)
-    for index, (ids, supervised) in enumerate(rows):
-        input_ids[index, : len(ids)] = ids
-        labels[index, : len(ids)] = np.where(supervised, ids, IGNORE_INDEX)
+def collate(
+    table: TokenTable, lines: Sequence[Sequence[int]], pad_token_id: int, *, packed: bool = False
+) -> MicroBatch:
+    """Lines of rows as one micro-batch. Ignored labels follow from the table's spans, never from the pad id."""
+    row_ids = [row for line in lines for row in line]
+    rows = table.rows(row_ids)
+    lengths = [len(row.ids) for row in rows]
+    width, starts = _layout([len(line) for line in lines], lengths)
+    size = len(lines) * width
+    input_ids = np.full(size, pad_token_id, dtype=np.int64)
+    labels = np.full(size, IGNORE_INDEX, dtype=np.int64)
+    position_ids = np.zeros(size, dtype=np.int64) if packed else None
+    weights: NDArray[np.float32] | None = None
+    counting = np.arange(max(lengths))
+    num_supervised = 0
+    for start, row in zip(starts, rows, strict=True):
+        input_ids[start : start + len(row.ids)] = row.ids
+        if position_ids is not None:
+            position_ids[start : start + len(row.ids)] = counting[: len(row.ids)]
+        if weights is None and (row.span_weights != 1).any():
+            weights = (labels != IGNORE_INDEX).astype(np.float32)
+        num_supervised += _supervise(row, start, labels, weights)
+
+    def shaped(flat: NDArray[np.int64] | NDArray[np.float32] | None) -> torch.Tensor | None:
+        return None if flat is None else torch.from_numpy(flat).view(len(lines), width)
+
     return MicroBatch(
-        input_ids=torch.from_numpy(input_ids),
-        labels=torch.from_numpy(labels),
-        num_supervised_tokens=sum(int(supervised.sum()) for _, supervised in rows),
+        input_ids=torch.from_numpy(input_ids).view(len(lines), width),
+        labels=torch.from_numpy(labels).view(len(lines), width),
+        num_supervised_tokens=num_supervised,
         row_ids=tuple(row_ids),
-        row_lengths=tuple(len(ids) for ids, _ in rows),
+        row_lengths=tuple(lengths),
+        row_starts=tuple(starts) if packed else None,
+        position_ids=shaped(position_ids),
+        weights=shaped(weights),
     )
 
 
-def _cut(order: NDArray[np.int64], size: int) -> list[NDArray[np.int64]]:
-    """`order` in pieces of `size`; the last may be shorter."""
-    return [order[first : first + size] for first in range(0, len(order), size)]
+def _layout(line_sizes: Sequence[int], lengths: Sequence[int]) -> tuple[int, list[int]]:
+    """Width of the lines, and where each row starts in the flat micro-batch, from rows a line and tokens a row."""
+    offsets, widths, left = [], [], iter(lengths)
+    for size in line_sizes:
+        *within, stop = accumulate((next(left) for _ in range(size)), initial=0)
+        offsets.append(within)
+        widths.append(stop)
+    width = max(widths)
+    return width, [index * width + offset for index, within in enumerate(offsets) for offset in within]
+
+
+def _supervise(row: TokenRow, at: int, labels: NDArray[np.int64], weights: NDArray[np.float32] | None) -> int:
+    """Write a row's labels and weights; returns the number of supervised tokens."""
+    # In a pack the token before a row's first one belongs to another row: nothing may be predicted from it.
+    assert not len(row.span_starts) or row.span_starts[0] > 0, "a row supervises its first token"
+    count = 0
+    for start, stop, weight in zip(
+        row.span_starts.tolist(), row.span_stops.tolist(), row.span_weights.tolist(), strict=True
+    ):
+        labels[at + start : at + stop] = row.ids[start:stop]
+        if weights is not None:
+            weights[at + start : at + stop] = weight
+        count += stop - start
+    return count

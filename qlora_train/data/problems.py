@@ -1,26 +1,34 @@
-"""What is wrong with a data set, collected: the first faults in full, and how many there are in all."""
+"""What is wrong with rows, and with the files that hold them."""
 
 from __future__ import annotations
 
-from qlora_train.errors import DataError, Problem
+from qlora_train.errors import DataError, ModelError, Problem, UserError
 
 MAX_LISTED = 20
 
 
 class RowFault(Exception):
-    """A row is not what its format asks for; the whole data set is refused, with this among the reasons."""
+    """One row cannot be trained on. `data.bad_rows` says whether that ends the run or only leaves the row out."""
+
+    error: type[UserError] = DataError  # what it becomes where it ends the run
 
     def __init__(self, what: str, fix: str) -> None:
         self.what, self.fix = what, fix
         super().__init__(what)
 
 
-class Rejection(Exception):
-    """A well-formed row cannot be trained on with this tokenizer; the row is left out and listed with the reason."""
+class TemplateFault(RowFault):
+    """The chat template fails on a row."""
 
-    def __init__(self, reason: str) -> None:
-        self.reason = reason
-        super().__init__(reason)
+    error = ModelError
+
+
+class SourceFault(Exception):
+    """A whole file or folder cannot be read as rows, whatever `data.bad_rows` says."""
+
+    def __init__(self, what: str, fix: str) -> None:
+        self.what, self.fix = what, fix
+        super().__init__(what)
 
 
 class ProblemList:
@@ -29,19 +37,22 @@ class ProblemList:
     def __init__(self) -> None:
         self.listed: list[Problem] = []
         self.total = 0
+        self._error: type[UserError] = DataError
 
-    def add(self, what: str, fix: str, where: str) -> None:
+    def add(self, what: str, fix: str, where: str, error: type[UserError] = DataError) -> None:
         """Note one problem."""
+        self._error = self._error if self.total else error
         self.total += 1
         if len(self.listed) < MAX_LISTED:
             self.listed.append(Problem(what, fix, where))
 
     def raise_if_any(self) -> None:
-        """DataError with the listed problems and, where there are several, a last one that gives the total."""
+        """The first problem's error with all listed ones and, where there are several, a last one with the total."""
         if not self.total:
             return
         problems = list(self.listed)
         if self.total > 1:
             first = "" if self.total == len(problems) else f"; the first {len(problems)} are listed above"
-            problems.append(Problem(f"{self.total:,} problems in all{first}", "mend them and start again"))
-        raise DataError(problems)
+            fix = "mend them and start again, or set data.bad_rows: skip to leave such rows out and list them"
+            problems.append(Problem(f"{self.total:,} problems in all{first}", fix))
+        raise self._error(problems)

@@ -1,36 +1,252 @@
-"""A recipe's training or held-out rows, read, chosen, tokenised and accounted for."""
+"""A recipe's training or held-out rows: a view of the table of all rows, and the account of every one of them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import cached_property
+from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from qlora_train.data.audit import Audit, first_rows, select_rows
-from qlora_train.data.formats import Row, read_rows
-from qlora_train.data.tokenize import TokenTable, tokenize_rows
-from qlora_train.recipe.schema import DataSection
+from qlora_train.data.audit import FATES, Audit, Fate, Reasons, SourceAccount, losses
+from qlora_train.data.build import LEAST_CHARS_LIMIT, Reading
+from qlora_train.data.cache import CachedSource, cached
+from qlora_train.data.encode import Encoder
+from qlora_train.data.fates import CODE, ELSEWHERE, Side, choose
+from qlora_train.data.problems import ProblemList, SourceFault
+from qlora_train.data.reencode import Reencoder, read_rows
+from qlora_train.data.rows import Row
+from qlora_train.data.sources.open import open_source
+from qlora_train.data.table import TokenTable, joined
+from qlora_train.errors import DataError, ModelError
+from qlora_train.recipe.schema import DataSection, Recipe, SourceSection
+
+_EXAMPLES = 3
 
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Chosen rows in file order, and the table of those that became tokens."""
+    """Rows as tokens, the account of all rows that they were chosen from, and a way back to the rows as written."""
 
-    rows: Sequence[Row]
     table: TokenTable
-    audit: Audit
+    whole: TokenTable  # every row of the sources that became tokens
+    fates: NDArray[np.int8]  # of the rows of `whole`: indices into FATES, or ELSEWHERE
+    sources: tuple[CachedSource, ...]
+    section: DataSection
+    side: Side
+
+    @property
+    def largest_id(self) -> int:
+        """The largest token id in any row of the sources."""
+        return max(source.facts.largest_id for source in self.sources)
+
+    @property
+    def end_token_ids(self) -> list[int]:
+        """The tokens that rows of the sources were taught to end with."""
+        return sorted({token_id for source in self.sources for token_id in source.facts.end_token_ids})
+
+    def read(self, indices: Sequence[int]) -> list[Row]:
+        """Rows of `table` as they were written, read again from their sources."""
+        return read_rows(self.sources, self.table.origins(indices))
+
+    @cached_property
+    def audit(self) -> Audit:
+        """Every row counted, with the reasons of those that are not trained on whole."""
+        reasons = Reasons()
+        counts: dict[Fate, int] = {fate: int((self.fates == CODE[fate]).sum()) for fate in FATES}
+        for fate in FATES[1:]:
+            found = np.flatnonzero(self.fates == CODE[fate]).tolist()
+            for number, index in enumerate(found[:_EXAMPLES]):
+                stands_for = 1 if number + 1 < min(len(found), _EXAMPLES) else len(found) - number
+                reasons.add(fate, self._reason(index, fate), self.whole.where(index), stands_for)
+        lost = int(self.whole.lengths[self.fates == CODE["dropped"]].sum())
+        lost += int((self.whole.lengths[self.fates == CODE["cut"]] - self.section.seq_len).sum())
+        read = self.lengths_as_read()
+        mean_length = float(read.mean()) if len(read) else 0.0
+        num_unread = 0
+        for where, fate, fault in self._faults():
+            counts[fate] += 1
+            num_unread += fault["num_tokens"] or round(mean_length)
+            reasons.add(fate, fault["what"], where)
+        facts = [source.facts for source in self.sources]
+        return Audit(
+            split=self.side,
+            counts=counts,
+            reasons=reasons.listed(),
+            sources=self._accounts(),
+            num_tokens=int(self.table.lengths.sum()),
+            num_supervised_tokens=int(self.table.num_supervised.sum()),
+            num_read_tokens=int(read.sum()) + num_unread,
+            num_lost_tokens=lost + num_unread,
+            num_plain_specials=sum(fact.num_plain_specials for fact in facts),
+            num_control_specials=sum(fact.num_control_specials for fact in facts),
+            num_context_turns=sum(fact.num_context_turns for fact in facts),
+        )
+
+    def listed(self) -> Iterator[tuple[str, Fate, str]]:
+        """Place, fate and reason of each row that is not trained on whole."""
+        for index in np.flatnonzero((self.fates != CODE["kept"]) & (self.fates != ELSEWHERE)).tolist():
+            fate = FATES[self.fates[index]]
+            yield self.whole.where(index), fate, self._reason(index, fate)
+        for where, fate, fault in self._faults():
+            yield where, fate, fault["what"]
+
+    def rejected(self) -> Iterator[dict[str, str]]:
+        """The rows that `data.bad_rows: skip` left out: where, reason, fix, and the row as it was written."""
+        for where, fate, fault in self._faults():
+            if fate == "rejected":
+                yield {"where": where, "reason": fault["what"], "fix": fault["fix"], "row": fault["row"]}
+
+    def lengths_as_read(self) -> NDArray[np.int32]:
+        """Tokens of each row that became tokens, before any is cut or left out."""
+        return self.whole.lengths[(self.fates != ELSEWHERE) & (self.fates != CODE["held_out"])]
+
+    def _faults(self) -> Iterator[tuple[str, Fate, dict[str, Any]]]:
+        """Rows that never became tokens. Those of a set that is carved in two count on the training side."""
+        if self.side == "train" or self.section.split is None:
+            for source in self.sources:
+                for fault in source.faults():
+                    fate: Fate = "dropped" if fault["kind"] == "overlong" else "rejected"
+                    yield source.source.place(fault["number"]), fate, fault
+
+    def _accounts(self) -> tuple[SourceAccount, ...]:
+        trained = np.bincount(self.table.column("source"), minlength=len(self.sources))
+        entries = _entries(self.section, self.side)
+        return tuple(
+            SourceAccount(
+                source.source.name, source.facts.row_format, entry.weight, source.facts.num_rows, int(trained[index])
+            )
+            for index, (source, entry) in enumerate(zip(self.sources, entries, strict=True))
+        )
+
+    def _reason(self, index: int, fate: Fate) -> str:
+        length, seq_len = int(self.whole.lengths[index]), self.section.seq_len
+        if fate == "cut":
+            return f"cut from {length:,} to {seq_len:,} tokens: it loses its end"
+        if fate == "dropped" and self.section.overlong == "cut":
+            return f"the row is {length:,} tokens long; cut to {seq_len:,}, it has nothing left to train"
+        if fate == "dropped":
+            return f"the row is {length:,} tokens long; data.seq_len is {seq_len:,}"
+        if fate == "duplicate":
+            return f"repeats {self.whole.where(self._first_of(index))}"
+        if fate == "held_out":
+            return f"held out for evaluation: data.split is {self.section.split:.4g}"
+        if self.side == "train":
+            return f"the recipe asks for a random subset of {self.section.max_train_rows:,} rows"
+        return f"the recipe asks for the first {self.section.max_eval_rows:,} rows"
+
+    @cached_property
+    def _first_of(self) -> Callable[[int], int]:
+        """A row's index -> that of the first row of the same content."""
+        hashes = self.whole.column("content_hash")
+        unique, first = np.unique(hashes, return_index=True)
+        return lambda index: int(first[np.searchsorted(unique, hashes[index])])
 
 
-def load_split(
-    section: DataSection, split: Literal["train", "eval"], tokenizer: PreTrainedTokenizerBase, seed: int
-) -> Split:
-    """DataError when a row cannot be read or none is left. Held-out rows are the same whatever the seed."""
-    rows = read_rows(section.train if split == "train" else section.eval, section.format)
-    if split == "train":
-        chosen, left = select_rows(rows, section.max_train_rows, seed)
-    else:
-        chosen, left = first_rows(rows, section.max_eval_rows)
-    table, audit = tokenize_rows(chosen, tokenizer, section, split, left)
-    return Split(chosen, table, audit)
+def holds_out(section: DataSection) -> bool:
+    """Whether a recipe names held-out rows."""
+    return bool(section.eval) or section.split is not None
+
+
+def load_splits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Split, Split | None]:
+    """Both sides of a recipe; None where it names no held-out rows. See `load_split` for what it raises."""
+    section, seed = recipe.data, recipe.run.seed
+    train = load_split(section, "train", tokenizer, seed)
+    return train, load_split(section, "eval", tokenizer, seed) if holds_out(section) else None
+
+
+def load_split(section: DataSection, side: Side, tokenizer: PreTrainedTokenizerBase, seed: int) -> Split:
+    """Read, tokenise (or find in the cache), choose and account for the rows of one side.
+
+    Raises DataError when a source cannot be read, no row is left, a row is bad or too long and the recipe says `fail`,
+    or more tokens are lost than `data.max_lost_frac`; ModelError when the chat template fails on a row. Held-out rows
+    are the same whatever the seed.
+    """
+    sources = _open(section, side, tokenizer)
+    encode = Reencoder(sources, tokenizer, section.loss_on) if section.streaming else None
+    whole = joined([source.table(encode) for source in sources], encode)
+    fates = choose(whole, section, side, seed)
+    chosen = np.flatnonzero((fates == CODE["kept"]) | (fates == CODE["cut"]))
+    table = whole.take(chosen, section.seq_len if section.overlong == "cut" else None)
+    split = Split(table, whole, fates, sources, section, side)
+    _refuse_bad(split)
+    if not table.num_rows:
+        raise _nothing_left(split)
+    if split.audit.lost_token_frac > section.max_lost_frac:
+        raise _too_much_lost(split)
+    return split
+
+
+def _entries(section: DataSection, side: Side) -> tuple[SourceSection, ...]:
+    return section.eval if side == "eval" and section.split is None else section.train
+
+
+def _open(section: DataSection, side: Side, tokenizer: PreTrainedTokenizerBase) -> tuple[CachedSource, ...]:
+    """The sources of a side as tables; DataError with what is wrong in any of them."""
+    max_chars = max(LEAST_CHARS_LIMIT, section.seq_len * Encoder(tokenizer).longest_piece)
+    found, problems = [], ProblemList()
+    for entry in _entries(section, side):
+        reading = Reading(
+            row_format=entry.format or section.format,
+            columns={**section.columns, **entry.columns},
+            loss_on=section.loss_on,
+            max_chars=max_chars,
+            with_ids=not section.streaming,
+        )
+        try:
+            source = open_source(entry.path, revision=entry.revision, subset=entry.subset, split=entry.split)
+            found.append(cached(source, reading, tokenizer))
+        except SourceFault as fault:
+            problems.add(fault.what, fault.fix, entry.path)
+    problems.raise_if_any()
+    return tuple(found)
+
+
+def _refuse_bad(split: Split) -> None:
+    """The first rows, and the number of all, that the recipe does not allow to be left out."""
+    problems = ProblemList()
+    for source in split.sources if split.side == "train" or split.section.split is None else ():
+        for fault in source.faults() if source.facts.num_faults else ():
+            where = source.source.place(fault["number"])
+            if fault["kind"] == "overlong" and split.section.overlong == "fail":
+                problems.add(fault["what"], _OVERLONG_FIX, where)
+            elif fault["kind"] != "overlong" and split.section.bad_rows == "fail":
+                problems.add(
+                    fault["what"], fault["fix"], where, ModelError if fault["kind"] == "template" else DataError
+                )
+    if split.section.overlong == "fail":
+        for index in np.flatnonzero(split.fates == CODE["dropped"]).tolist():
+            problems.add(split._reason(index, "dropped"), _OVERLONG_FIX, split.whole.where(index))
+    problems.raise_if_any()
+
+
+_OVERLONG_FIX = "raise data.seq_len, or set data.overlong: drop"
+
+
+def _nothing_left(split: Split) -> DataError:
+    """The error for a side of which no row can be trained on, with the commonest reason."""
+    audit = split.audit
+    causes = losses(audit.reasons)
+    if not causes:
+        return DataError(f"0 trainable rows of {audit.num_rows:,} in {split.side}", fix="give more rows")
+    cause = causes[0]
+    return DataError(
+        f"0 trainable rows of {audit.num_rows:,} in {split.side}. Likely cause ({cause.count:,} rows): "
+        f"{cause.examples[0]}",
+        fix="mend that first",
+    )
+
+
+def _too_much_lost(split: Split) -> DataError:
+    audit = split.audit
+    causes = "; ".join(
+        f"{entry.count:,} {entry.fate}, such as {entry.examples[0]}" for entry in losses(audit.reasons)[:3]
+    )
+    return DataError(
+        f"{audit.lost_token_frac:.1%} of the tokens in {split.side} would be lost, more than data.max_lost_frac "
+        f"({split.section.max_lost_frac:.1%}): {causes}",
+        fix="raise data.seq_len, mend the rows, or raise data.max_lost_frac if that is meant",
+    )

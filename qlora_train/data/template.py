@@ -1,213 +1,318 @@
-"""A row as the text that the model reads, with the character spans that are trained.
-
-The spans of a conversation come from comparing renderings (what the template adds with an answer is the answer and its
-end), so they need no marks in the template and hold for any template that does not rewrite earlier turns.
-"""
+"""A row as the text that the model reads, with the character spans that are trained."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import date
-from typing import NoReturn
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, Self
 
 from transformers import PreTrainedTokenizerBase
 
-from qlora_train.data.conversation import Message
-from qlora_train.data.formats import MessagesRow, PromptCompletionRow, Row
-from qlora_train.data.problems import Rejection
-from qlora_train.errors import ModelError
-
-_TEMPLATE_FIX = "give a template that fits: `chat_template: FILE.jinja` in the recipe's model section"
-FROZEN_DATE = date(2024, 7, 26)  # the date that Llama 3.1's own template falls back to
-_COMPILED = ("<template>", "<unknown>")  # file names that Jinja gives to the frames of a template
+from qlora_train.data.problems import RowFault, TemplateFault
+from qlora_train.data.rows import Message, MessagesRow, PromptCompletionRow, Row, TextRow, Tool
+from qlora_train.data.sandbox import TEMPLATE_FIX, Sandbox, Ticket, describe_fault
+from qlora_train.data.spans import AnswerFinder, Beginning, Rendering, Span
+from qlora_train.data.specials import SpecialText, any_of, special_tokens, to_json, without_marks
+from qlora_train.errors import ModelError, SecurityError
 
 
-@dataclass(frozen=True)
-class Rendered:
-    """A row's text. `spans` are half-open character ranges, in order."""
+class Rendered(NamedTuple):
+    """A row's text. All ranges are half-open, in characters, in order."""
 
     text: str
-    spans: tuple[tuple[int, int], ...]
+    spans: tuple[Span, ...]
     add_special_tokens: bool  # whether the tokenizer is to add its own (BOS); a chat template has written them
+    plain: tuple[tuple[int, int], ...] = ()  # special-token text that is to be encoded as text
+    num_control_specials: int = 0  # special-token text in the row's own words that stays special
+    num_context_turns: int = 0  # earlier answers whose reasoning the template drops: they are not trained
+
+    @property
+    def num_plain_specials(self) -> int:
+        """Pieces of special-token text that are encoded as text."""
+        return len(self.plain)
 
 
-class Unrenderable(Rejection):
-    """This row cannot be rendered so that its answers are known to the character."""
+class _Asked(NamedTuple):
+    """A conversation that the worker is asked for."""
+
+    row: MessagesRow
+    request: str
+    cuts: tuple[tuple[int, bool], ...]  # the renderings: of how many messages, and whether a generation prompt follows
+    turns: tuple[tuple[int, float], ...]  # answers to find in the first, with their weights
+    everything: bool  # whether the text between them is trained too
+    marked: bool  # whether it holds special-token text
+    num_control_specials: int
+
+
+class _Batch(NamedTuple):
+    entries: list[Rendered | RowFault | _Asked]
+    ticket: Ticket | None
+
+
+class _Templates:
+    """A tokenizer's templates in their worker."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
+        name = tokenizer.name_or_path
+        if not tokenizer.chat_template:
+            raise ModelError(
+                f"the tokenizer of {name!r} has no chat template, which rows of messages need",
+                fix=TEMPLATE_FIX,
+                where=where,
+            )
+        try:  # a tokenizer may have a template of its own for conversations with tools
+            plain, with_tools = tokenizer.get_chat_template(), tokenizer.get_chat_template(tools=[{}])
+        except ValueError as error:
+            raise ModelError(f"the tokenizer of {name!r}: {error}", fix=TEMPLATE_FIX, where=where) from None
+        sources = [plain] if plain == with_tools else [plain, with_tools]
+        variables = {key: str(value) for key, value in tokenizer.special_tokens_map.items()}
+        self.sandbox = Sandbox(sources, variables, name, where)
+        self._facts = self.sandbox.facts
+        self.special_text = SpecialText(tokenizer, "\0".join(facts.literals for facts in self._facts))
+
+    def index(self, row: MessagesRow) -> int:
+        """Which template the row is rendered with."""
+        return len(self._facts) - 1 if row.tools else 0
+
+    def marks_answers(self, row: MessagesRow) -> bool:
+        """Whether that template has {% generation %} marks."""
+        return self._facts[self.index(row)].marks
 
 
 class Renderer:
-    """Renders rows for one tokenizer and one choice of `data.loss_on`."""
+    """Renders rows for one tokenizer and one choice of `data.loss_on`. Chat templates run in a process of their own."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, loss_on: str) -> None:
         self._tokenizer, self._loss_on = tokenizer, loss_on
-        # Longest first: where one token's text begins another's, the tokenizer takes the longer.
-        literals = sorted(special_tokens(tokenizer), key=len, reverse=True)
-        self._special = re.compile("|".join(map(re.escape, literals)) or r"(?!)")
+        self._special = any_of(special_tokens(tokenizer))
+        self._finder = AnswerFinder(self._special)
+        self._templates: _Templates | None = None  # started with the first conversation
 
-    def render(self, row: Row) -> Rendered:
-        """The row's text and spans; Unrenderable if only this row is at fault, ModelError if the tokenizer is."""
-        if isinstance(row, MessagesRow):
-            text = _apply_template(row, row.messages, self._tokenizer, add_generation_prompt=False)
-            spans = ((0, len(text)),) if self._loss_on == "all" else self._answer_spans(row, text)
-            return Rendered(text, spans, add_special_tokens=False)
-        if isinstance(row, PromptCompletionRow):
-            start, content = len(row.prompt), row.prompt + row.completion
-        else:
-            start, content = 0, row.text
-        text = _with_end_token(content, self._tokenizer)
-        start = 0 if self._loss_on == "all" else start
-        return Rendered(text, ((start, len(text)),), add_special_tokens=_takes_bos(text, self._tokenizer))
+    def __enter__(self) -> Self:
+        return self
 
-    def _answer_spans(self, row: MessagesRow, whole: str) -> tuple[tuple[int, int], ...]:
-        """Where the trained answers stand in the rendered conversation, each with its end token."""
-        turns = [index for index, message in enumerate(row.messages) if message["role"] == "assistant"]
-        if self._loss_on == "completion":
-            turns = turns[-1:]
-        return tuple(self._answer_span(row, turn, whole) for turn in turns)
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
-    def _answer_span(self, row: MessagesRow, turn: int, whole: str) -> tuple[int, int]:
-        """From the end of the generation prompt to the end of the answer's end token."""
-        before, upto = row.messages[:turn], row.messages[: turn + 1]
-        prefix = _apply_template(row, before, self._tokenizer, add_generation_prompt=True)
-        if len(upto) < len(row.messages):
-            answered = _apply_template(row, upto, self._tokenizer, add_generation_prompt=False)
-        else:
-            answered = whole
-        if not answered.startswith(prefix):
-            raise Unrenderable(
-                f"the chat template renders messages[{turn}] as something that does not begin with its own generation "
-                "prompt; give a template that does"
-            )
-        content = row.messages[turn]["content"].strip()
-        end = len(prefix) + self._end_of_answer(answered[len(prefix) :], content, turn)
-        # Some templates close a conversation with a token of its own: only what stands up to the answer's end counts.
-        if not whole.startswith(answered[:end]):
-            raise Unrenderable(
-                f"the chat template rewrites messages[{turn}] when later turns follow; train the last answer only "
-                "(data.loss_on: completion), or give a template that leaves earlier turns as they are"
-            )
-        return len(prefix), end
+    def close(self) -> None:
+        """End the process of the templates, if one was needed."""
+        templates, self._templates = self._templates, None
+        if templates is not None:
+            templates.sandbox.close()
 
-    def _end_of_answer(self, tail: str, content: str, turn: int) -> int:
-        """The end of the first special token after the answer's content; what follows it is no part of the answer.
+    def render(self, batches: Iterable[Sequence[Row]]) -> Iterator[list[Rendered | RowFault]]:
+        """Each batch's rows, in order; the next batch is being rendered while the caller works on one.
 
-        Content as short as "i" may also stand in a header or inside a special token's own text, so the content is its
-        last occurrence that is in no special token and has one after it.
+        ModelError where the template or the tokenizer cannot be used at all, SecurityError where a template goes over
+        a limit of time, memory or length.
         """
-        specials = [found.span() for found in self._special.finditer(tail)]
-        found_at_all, at = False, tail.rfind(content)
-        while at >= 0:
-            stop = at + len(content)
-            if not any(start <= at and stop <= end for start, end in specials):
-                found_at_all = True
-                if (end := next((end for start, end in specials if start >= stop), None)) is not None:
-                    return end
-            at = tail.rfind(content, 0, stop - 1)
-        if found_at_all:
-            raise Unrenderable(
-                "the chat template puts no end token after an answer, so the model would not learn to stop; "
-                "give a template that ends each turn with one of the tokenizer's special tokens"
+        ahead: _Batch | None = None
+        for rows in batches:
+            done = None if ahead is None else self._collect(ahead)
+            ahead = self._submit(rows, self._loss_on)
+            if done is not None:
+                yield done
+        if ahead is not None:
+            yield self._collect(ahead)
+
+    def render_one(self, row: Row) -> Rendered:
+        """One row; RowFault if it cannot be trained on."""
+        return self._one(self._submit([row], self._loss_on))
+
+    def prompt(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> Rendered:
+        """A conversation that waits for its answer."""
+        row = MessagesRow("the conversation", tuple(messages), tuple(tools))
+        return self._one(self._send([self._asked(row, ((len(messages), True),))]))
+
+    def question(self, row: Row) -> tuple[Rendered, str] | None:
+        """The prompt of a row and the answer to it, as a model would write it; None for plain text.
+
+        The answer is without special tokens and outer whitespace, as generated text is shown.
+        """
+        if isinstance(row, TextRow):
+            return None
+        rendered = self._one(self._submit([row], "completion"))
+        answer = "".join(rendered.text[span.start : span.stop] for span in rendered.spans)
+        reference = self._special.sub("", answer).strip()
+        if isinstance(row, MessagesRow):
+            return self.prompt(row.messages[:-1], row.tools), reference
+        return self.verbatim_prompt(row.prompt), reference
+
+    def verbatim_prompt(self, text: str) -> Rendered:
+        """A prompt that is no conversation, as rows of prompt and completion are read."""
+        return Rendered(text, (), add_special_tokens=self._takes_bos(text))
+
+    def _one(self, batch: _Batch) -> Rendered:
+        (rendered,) = self._collect(batch)
+        if isinstance(rendered, RowFault):
+            raise rendered
+        return rendered
+
+    def _submit(self, rows: Sequence[Row], loss_on: str) -> _Batch:
+        """Render what needs no template, and ask the worker for the rest."""
+        entries: list[Rendered | RowFault | _Asked] = []
+        for row in rows:
+            try:
+                if isinstance(row, MessagesRow):
+                    entries.append(self._conversation(row, loss_on))
+                else:
+                    entries.append(self._verbatim(row, loss_on))
+            except RowFault as fault:
+                entries.append(fault)
+        return self._send(entries)
+
+    def _send(self, entries: list[Rendered | RowFault | _Asked]) -> _Batch:
+        asked = [entry for entry in entries if isinstance(entry, _Asked)]
+        if not asked:
+            return _Batch(entries, None)
+        assert self._templates is not None
+        requests, places = [entry.request for entry in asked], [entry.row.where for entry in asked]
+        return _Batch(entries, self._templates.sandbox.submit(requests, places))
+
+    def _collect(self, batch: _Batch) -> list[Rendered | RowFault]:
+        replies: Iterator[Any] = iter(())
+        if batch.ticket is not None:
+            assert self._templates is not None
+            try:
+                replies = iter(self._templates.sandbox.collect(batch.ticket))
+            except SecurityError:
+                self.close()
+                raise
+        results: list[Rendered | RowFault] = []
+        for entry in batch.entries:
+            try:
+                results.append(self._rendered(entry, next(replies)) if isinstance(entry, _Asked) else entry)
+            except RowFault as fault:
+                results.append(fault)
+        return results
+
+    def _verbatim(self, row: PromptCompletionRow | TextRow, loss_on: str) -> Rendered:
+        """A row that is no conversation: its own text, ended once."""
+        end = self._tokenizer.eos_token
+        if not isinstance(end, str) or not end:
+            raise ModelError(
+                f"the tokenizer of {self._tokenizer.name_or_path!r} names no end token (eos_token)",
+                fix="set eos_token in its tokenizer_config.json",
             )
-        raise Unrenderable(f"the chat template does not show messages[{turn}].content as it was written")
+        prompt = row.prompt if isinstance(row, PromptCompletionRow) else ""
+        text = prompt + row.completion if isinstance(row, PromptCompletionRow) else row.text
+        words = text.removesuffix(end)
+        takes_bos = self._takes_bos(words)
+        # Without the end token, and without the BOS in front: these are where they belong.
+        num_specials = len(self._special.findall(words, 0 if takes_bos else len(self._tokenizer.bos_token)))
+        spans = (Span(0 if loss_on == "all" else len(prompt), len(words) + len(end)),)
+        return Rendered(words + end, spans, takes_bos, num_control_specials=num_specials)
+
+    def _takes_bos(self, text: str) -> bool:
+        bos = self._tokenizer.bos_token
+        return not (isinstance(bos, str) and bos and text.startswith(bos))
+
+    def _conversation(self, row: MessagesRow, loss_on: str) -> _Asked:
+        """What the worker is asked for: the whole, and for each trained answer what it takes to find it there."""
+        answers = [turn for turn, message in enumerate(row.messages) if message["role"] == "assistant"]
+        if loss_on == "completion":
+            answers = answers[-1:]
+        turns = tuple((turn, row.weights[turn] if row.weights else 1.0) for turn in answers)
+        if loss_on == "all":
+            turns = () if all(weight == 1 for _, weight in turns) else turns
+        else:
+            turns = tuple(entry for entry in turns if entry[1] > 0)
+            if not turns:
+                what = "the last answer has" if loss_on == "completion" else "all answers have"
+                raise RowFault(f"{what} weight 0: there is nothing to train", "give one a weight, or leave the row out")
+        last = len(row.messages) - 1
+        cuts = [(last + 1, False)]
+        if self._started(row.where).marks_answers(row):
+            cuts += [(turn, True) for turn in (answers if turns else ())]  # of all: some answers have several marks
+        else:
+            for turn, _ in turns:
+                cuts += [(turn, True)] if turn == last else [(turn, True), (turn + 1, False)]
+        return self._asked(row, tuple(cuts), turns, everything=loss_on == "all")
+
+    def _asked(
+        self,
+        row: MessagesRow,
+        cuts: tuple[tuple[int, bool], ...],
+        turns: tuple[tuple[int, float], ...] = (),
+        everything: bool = False,
+    ) -> _Asked:
+        templates = self._started(row.where)
+        content, num_control = _content(row), 0
+        marked = templates.special_text.stands_in(content)
+        if marked:
+            row, num_control = templates.special_text.mark(row)
+            content = _content(row)
+        request = f"[{templates.index(row)},{content},{to_json(cuts)}]"
+        return _Asked(row, request, cuts, turns, everything, marked, num_control)
+
+    def _started(self, where: str) -> _Templates:
+        if self._templates is None:
+            self._templates = _Templates(self._tokenizer, where)
+        return self._templates
+
+    def _rendered(self, asked: _Asked, reply: Sequence[Any]) -> Rendered:
+        """A row's text and spans from what the worker answered."""
+        if reply[0] == "fault":
+            raise self._fault(reply)
+        _, whole, marks, others = reply
+        assert self._templates is not None
+        beginnings: list[Beginning] = [self._fault(other) if isinstance(other, list) else other for other in others]
+        plain: tuple[tuple[int, int], ...] = ()
+        if asked.marked:
+            marks = [(without_marks(whole, start), without_marks(whole, stop)) for start, stop in marks]
+            beginnings = [self._unmarked(beginning, whole) for beginning in beginnings]
+            whole, plain = self._templates.special_text.unmark(whole)
+        spans: list[Span] = [Span(0, len(whole))] if asked.everything else []
+        num_context = 0
+        if asked.turns:
+            by_cut = list(zip(asked.cuts[1:], beginnings, strict=True))
+            rendering = Rendering(
+                whole,
+                marks if self._templates.marks_answers(asked.row) else None,
+                prompts={stop: text for (stop, is_prompt), text in by_cut if is_prompt},
+                answered={stop - 1: text for (stop, is_prompt), text in by_cut if not is_prompt},
+            )
+            found = self._finder.find(asked.row.messages, [turn for turn, _ in asked.turns], rendering)
+            weighted = [(span, weight) for span, (_, weight) in zip(found, asked.turns, strict=True) if span]
+            num_context = len(found) - len(weighted)
+            spans = [span if weight == 1 else span._replace(weight=weight) for span, weight in weighted]
+            if asked.everything:
+                spans = _with_rest(spans, len(whole), num_context)
+        return Rendered(whole, tuple(spans), False, plain, asked.num_control_specials, num_context)
+
+    def _unmarked(self, beginning: Beginning, whole: str) -> Beginning:
+        assert self._templates is not None
+        if isinstance(beginning, int):
+            return without_marks(whole, beginning)
+        return self._templates.special_text.unmark(beginning)[0] if isinstance(beginning, str) else beginning
+
+    def _fault(self, reply: Sequence[Any]) -> TemplateFault:
+        what = describe_fault(self._tokenizer.name_or_path, reply[1], reply[2])
+        return TemplateFault(what, f"mend the row, or {TEMPLATE_FIX}")
 
 
 def last_question(row: Row) -> str:
     """What a person asked in a row: the turn before the answer, or the prompt."""
     if isinstance(row, MessagesRow):
-        return row.messages[-2]["content"] if len(row.messages) > 1 else ""
+        return str(row.messages[-2].get("content") or "") if len(row.messages) > 1 else ""
     return row.prompt if isinstance(row, PromptCompletionRow) else ""
 
 
-def prompt_and_answer(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str] | None:
-    """The text to generate from and the reference answer without outer whitespace; None for plain text.
-
-    Whether the tokenizer is to add its special tokens to the prompt says `adds_special_tokens`.
-    """
-    if isinstance(row, MessagesRow):
-        prompt = _apply_template(row, row.messages[:-1], tokenizer, add_generation_prompt=True)
-        return prompt, row.messages[-1]["content"].strip()
-    if isinstance(row, PromptCompletionRow):
-        end = tokenizer.eos_token
-        completion = row.completion.removesuffix(end) if isinstance(end, str) else row.completion
-        return row.prompt, completion.strip()
-    return None
+def _content(row: MessagesRow) -> str:
+    """Messages and tools as the worker takes them."""
+    return to_json([row.messages, row.tools or None])[1:-1]
 
 
-def render_prompt(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> str:
-    """A conversation that waits for its answer, rendered as training renders it."""
-    row = MessagesRow("the conversation", tuple(messages))
-    return _apply_template(row, messages, tokenizer, add_generation_prompt=True)
-
-
-def adds_special_tokens(row: Row, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a prompt of this row is encoded with `add_special_tokens=True`, as its training text was."""
-    if isinstance(row, MessagesRow):
-        return False
-    return _takes_bos(row.prompt if isinstance(row, PromptCompletionRow) else row.text, tokenizer)
-
-
-def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Text to id of every token that is special to the tokenizer, by name (eos, pad, ...) or by its file."""
-    ids = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
-    named = {token: token_id for token, token_id in ids if token_id is not None}
-    marked = {str(token): token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return {**named, **marked}
-
-
-def _takes_bos(text: str, tokenizer: PreTrainedTokenizerBase) -> bool:
-    bos = tokenizer.bos_token
-    return not (isinstance(bos, str) and bos and text.startswith(bos))
-
-
-def _with_end_token(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The text, ended once: without its end token a model does not learn to stop."""
-    end = tokenizer.eos_token
-    if not isinstance(end, str) or not end:
-        raise ModelError(
-            f"the tokenizer of {tokenizer.name_or_path!r} names no end token (eos_token)",
-            fix="set eos_token in its tokenizer_config.json",
+def _with_rest(answers: Sequence[Span], length: int, num_context: int) -> list[Span]:
+    """The answers that have a weight, and all text between answers."""
+    if num_context:
+        raise RowFault(
+            "the chat template drops reasoning, so that earlier answers cannot be told from the text around them",
+            "leave the weights out, or train answers only (data.loss_on: assistant)",
         )
-    return text if text.endswith(end) else text + end
-
-
-def _frozen_date(date_format: str) -> str:
-    """The date that a template is told, in place of the clock: the same rows must give the same tokens tomorrow."""
-    return FROZEN_DATE.strftime(date_format)
-
-
-def _apply_template(
-    row: MessagesRow, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, *, add_generation_prompt: bool
-) -> str:
-    """The messages as text, or ModelError with the template's line and the row."""
-    if not tokenizer.chat_template:
-        raise ModelError(
-            f"the tokenizer of {tokenizer.name_or_path!r} has no chat template, which rows of messages need",
-            fix=_TEMPLATE_FIX,
-            where=row.where,
-        )
-    try:
-        text = tokenizer.apply_chat_template(
-            list(messages),
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            strftime_now=_frozen_date,
-        )
-    except Exception as error:  # a template is a program: whatever it raises is its own fault or the row's
-        _raise_template_error(error, row, tokenizer)
-    assert isinstance(text, str)
-    return text
-
-
-def _raise_template_error(error: Exception, row: MessagesRow, tokenizer: PreTrainedTokenizerBase) -> NoReturn:
-    """ModelError with the line of the template in which `error` arose, where Jinja tells it."""
-    line = getattr(error, "lineno", None)  # of a syntax error
-    frame = error.__traceback__
-    while frame is not None:
-        if frame.tb_frame.f_code.co_filename in _COMPILED:
-            line = frame.tb_lineno
-        frame = frame.tb_next
-    at = f" at line {line}" if line else ""
-    what = f"the chat template of {tokenizer.name_or_path!r} fails{at}: {type(error).__name__}: {error}"
-    raise ModelError(what, fix=f"mend the row, or {_TEMPLATE_FIX}", where=row.where) from error
+    spans: list[Span] = []
+    at = 0
+    for answer in answers:
+        spans += [Span(at, answer.start, closed=False), answer]
+        at = answer.stop
+    spans.append(Span(at, length, closed=False))
+    return [span for span in spans if span.weight > 0 and span.start < span.stop]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,12 @@ from transformers import TextIteratorStreamer
 from qlora_train.adapters.attach import ADAPTER_NAME, check_attached
 from qlora_train.adapters.layers import register_layers
 from qlora_train.adapters.state import describe_mismatch, load_adapter_config, read_adapter_tensors
-from qlora_train.data.template import render_prompt
+from qlora_train.data.encode import Encoder
+from qlora_train.data.problems import RowFault
+from qlora_train.data.rows import Message
+from qlora_train.data.template import Renderer
 from qlora_train.errors import ModelError
-from qlora_train.evaluate.tasks import end_token_ids
+from qlora_train.evaluate.tasks import end_token_ids, padded_left
 
 BASE = "base"
 
@@ -76,22 +80,34 @@ class ChatSession:
 
     def reply(self, text: str, *, max_new_tokens: int, temperature: float = 0.0, seed: int = 0) -> Iterator[str]:
         """Add the user's turn, yield the answer piece by piece, and add it to the conversation."""
-        self.messages.append({"role": "user", "content": text})
+        said = {"role": "user", "content": text}
+        prompt_ids = self.prompt_ids([*self.messages, said])
+        self.messages.append(said)
         pieces = []
-        for piece in self._generate(max_new_tokens, temperature, seed):
+        for piece in self._generate(prompt_ids, max_new_tokens, temperature, seed):
             pieces.append(piece)
             yield piece
         self.messages.append({"role": "assistant", "content": "".join(pieces).strip()})
 
-    def prompt(self) -> str:
-        """The text that the model is given now."""
-        if self._plain:
-            return "\n".join(message["content"] for message in self.messages)
-        return render_prompt(self.messages, self.tokenizer)
+    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+        """What the model is given to answer a conversation: as in training, so special-token text is text."""
+        try:
+            with Renderer(self.tokenizer, "completion") as renderer:
+                if self._plain:
+                    text = "\n".join(message["content"] for message in messages)
+                    prompt = renderer.verbatim_prompt(text)
+                else:
+                    prompt = renderer.prompt(messages)
+            return self._encoder.ids(prompt)
+        except RowFault as fault:
+            raise fault.error(fault.what, fix=fault.fix) from fault
 
-    def _generate(self, max_new_tokens: int, temperature: float, seed: int) -> Iterator[str]:
-        encoded = self.tokenizer(self.prompt(), return_tensors="pt", add_special_tokens=self._plain)
-        encoded = encoded.to(self.model.device)
+    @cached_property
+    def _encoder(self) -> Encoder:
+        return Encoder(self.tokenizer)
+
+    def _generate(self, prompt_ids: list[int], max_new_tokens: int, temperature: float, seed: int) -> Iterator[str]:
+        inputs = padded_left([prompt_ids], self.tokenizer.pad_token_id, self.model.device)
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         sampling: dict[str, Any] = (
             {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
@@ -103,7 +119,7 @@ class ChatSession:
                 with torch.inference_mode(), self._without_adapter():
                     torch.manual_seed(seed)
                     self.model.generate(
-                        **encoded,
+                        **inputs,
                         **sampling,
                         max_new_tokens=max_new_tokens,
                         use_cache=True,

@@ -7,13 +7,16 @@ from typing import Any
 
 import torch
 
+from qlora_train.data.encode import Encoder
 from qlora_train.data.loader import eval_batches
 from qlora_train.data.split import Split
-from qlora_train.data.template import adds_special_tokens, last_question, prompt_and_answer
+from qlora_train.data.template import Renderer, last_question
 from qlora_train.evaluate.tasks import Question, TaskScores, answer, mean_scores
 from qlora_train.evaluate.validation import Validation, validate
 from qlora_train.model.causal import CausalModel
 from qlora_train.recipe.schema import EvalSection
+
+_ROWS_AT_A_TIME = 256
 
 
 @dataclass(frozen=True)
@@ -54,13 +57,16 @@ class SideScores:
 def questions_of(split: Split, tokenizer: Any, limit: int) -> list[Question]:
     """What the first rows of a split ask, of those that the loss is measured on; rows of plain text ask nothing."""
     questions: list[Question] = []
-    kept = set(split.table.where)
-    for row in split.rows:
-        if len(questions) == limit:
-            break
-        if row.where in kept and (pair := prompt_and_answer(row, tokenizer)):
-            special = adds_special_tokens(row, tokenizer)
-            questions.append(Question(row.where, last_question(row), *pair, add_special_tokens=special))
+    encoder = Encoder(tokenizer)
+    with Renderer(tokenizer, "completion") as renderer:
+        for start in range(0, split.table.num_rows, _ROWS_AT_A_TIME):
+            for row in split.read(range(start, min(start + _ROWS_AT_A_TIME, split.table.num_rows))):
+                if len(questions) == limit:
+                    return questions
+                if found := renderer.question(row):
+                    prompt, reference = found
+                    asked = last_question(row)
+                    questions.append(Question(row.where, asked, tuple(encoder.ids(prompt)), reference))
     return questions
 
 

@@ -18,9 +18,8 @@ class Question:
 
     where: str
     asked: str  # in the words of the row
-    prompt: str  # as the model is given it
+    prompt_ids: tuple[int, ...]  # as the model is given it
     reference: str
-    add_special_tokens: bool = False  # a rendered chat prompt brings its own
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ def score(question: Question, text: str) -> Answer:
 
     char_similarity is difflib's ratio: twice the matching characters over the characters of both.
 
-    >>> score(Question("f:1", "?", "?", "git status"), " git stash\\n").first_word
+    >>> score(Question("f:1", "?", (), "git status"), " git stash\\n").first_word
     1.0
     """
     got, want = text.strip(), question.reference.strip()
@@ -82,24 +81,25 @@ def answer(
 
     Questions of like length meet in a batch. Prompts are padded on the left, with a mask.
     """
-    order = sorted(range(len(questions)), key=lambda i: len(questions[i].prompt))
+    order = sorted(range(len(questions)), key=lambda i: len(questions[i].prompt_ids))
     texts: dict[int, str] = {}
     was_training = model.training
     model.eval()
     try:
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            encoded = encode_prompts(tokenizer, [questions[i] for i in chosen])
-            texts |= dict(zip(chosen, generate_texts(model, tokenizer, encoded, max_new_tokens), strict=True))
+            prompts = [questions[i].prompt_ids for i in chosen]
+            texts |= dict(zip(chosen, generate_texts(model, tokenizer, prompts, max_new_tokens), strict=True))
     finally:
         model.train(was_training)
     return [score(question, texts[i]) for i, question in enumerate(questions)]
 
 
-def generate_texts(model: Any, tokenizer: Any, encoded: Any, max_new_tokens: int) -> list[str]:
-    """Greedy continuations of a batch of encoded prompts, up to the end token."""
+def generate_texts(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
+    """Greedy continuations of a batch of prompts, up to the end token."""
+    inputs = padded_left(prompts, tokenizer.pad_token_id, model.device)
     output = model.generate(
-        **encoded.to(model.device),
+        **inputs,
         max_new_tokens=max_new_tokens,
         do_sample=False,
         use_cache=True,
@@ -109,16 +109,16 @@ def generate_texts(model: Any, tokenizer: Any, encoded: Any, max_new_tokens: int
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=end_token_ids(model, tokenizer),
     )
-    new_tokens = output[:, encoded["input_ids"].shape[1] :]
+    new_tokens = output[:, inputs["input_ids"].shape[1] :]
     return [str(text) for text in tokenizer.batch_decode(new_tokens, skip_special_tokens=True)]
 
 
-def encode_prompts(tokenizer: Any, questions: Sequence[Question]) -> Any:
-    """Left-padded ids and mask, with the special tokens that the rows were trained with."""
-    specials = {question.add_special_tokens for question in questions}
-    assert len(specials) == 1, "chat and plain prompts do not share a batch"
-    prompts = [question.prompt for question in questions]
-    return tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=specials.pop())
+def padded_left(prompts: Sequence[Sequence[int]], pad_token_id: int, device: Any) -> dict[str, torch.Tensor]:
+    """Prompts as `input_ids` and `attention_mask`, each ending where its answer is to begin."""
+    length = max(map(len, prompts))
+    ids = [[pad_token_id] * (length - len(prompt)) + list(prompt) for prompt in prompts]
+    mask = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return {"input_ids": torch.tensor(ids, device=device), "attention_mask": torch.tensor(mask, device=device)}
 
 
 def end_token_ids(model: Any, tokenizer: Any) -> list[int]:

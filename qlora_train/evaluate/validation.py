@@ -15,16 +15,17 @@ from qlora_train.model.causal import CausalModel
 
 @dataclass(frozen=True)
 class Validation:
-    """Mean negative log-likelihood over supervised tokens, in nats."""
+    """Mean negative log-likelihood over supervised tokens, in nats, each weighing what it weighs in training."""
 
     loss_sum: float
+    weight_sum: float
     num_supervised_tokens: int
     num_rows: int
 
     @property
     def loss(self) -> float:
         """Nats per supervised token."""
-        return self.loss_sum / self.num_supervised_tokens
+        return self.loss_sum / self.weight_sum
 
     @property
     def perplexity(self) -> float:
@@ -37,10 +38,11 @@ def validate(causal: CausalModel, batches: Iterable[MicroBatch], device: torch.d
     """Run all batches without gradients, in eval mode, and leave the model in the mode it was in."""
     was_training = causal.model.training
     causal.model.eval()
-    loss_sum, num_tokens, num_rows = 0.0, 0, 0
+    loss_sum, weight_sum, num_tokens, num_rows = 0.0, 0.0, 0, 0
     try:
         for batch in batches:
             loss_sum += float(causal.loss_sum(batch.to(device)))
+            weight_sum += batch.weight_sum
             num_tokens += batch.num_supervised_tokens
             num_rows += len(batch.row_ids)
     finally:
@@ -49,4 +51,4 @@ def validate(causal: CausalModel, batches: Iterable[MicroBatch], device: torch.d
         raise NumericsError(
             f"the held-out loss is {loss_sum}", fix="lower train.learning_rate; the newest checkpoint is the one before"
         )
-    return Validation(loss_sum, num_tokens, num_rows)
+    return Validation(loss_sum, weight_sum, num_tokens, num_rows)

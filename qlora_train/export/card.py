@@ -40,7 +40,7 @@ def figures(run: FinishedRun, verdict: Verdict, rows: Sequence[ModuleRow]) -> di
 def model_card(name: str, run: FinishedRun, verdict: Verdict, audit: dict[str, Any]) -> str:
     """README.md of the export, with a header that the hub reads."""
     recipe, merged, off = run.recipe, verdict.merged, verdict.adapter_off
-    train = audit["train"]
+    train = next(split for split in audit["splits"] if split["split"] == "train")
     quantised = recipe.quant.quant_type != "none"
     base_words = f"{recipe.quant.quant_type} (double quantisation {'on' if recipe.quant.double_quant else 'off'})"
     method = f"{recipe.adapter.method} (r = {recipe.adapter.r}, alpha = {recipe.adapter.alpha:g})"
@@ -57,7 +57,7 @@ tags: [qlora, {recipe.adapter.method}]
 The licence of the base applies.
 
 ## Trained on
-{train["counts"]["kept"]:,} rows, {train["num_tokens"]:,} tokens of which {train["num_supervised_tokens"]:,} supervised.
+{train["num_trained"]:,} rows, {train["num_tokens"]:,} tokens of which {train["num_supervised_tokens"]:,} supervised.
 
 ## Is it the model that was trained?
 Compared with base + adapter on {verdict.num_rows} {"held-out" if verdict.split == "eval" else "training"} rows

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
 from qlora_train.data.loader import MicroBatch, eval_batches
-from qlora_train.data.split import load_split
+from qlora_train.data.split import holds_out, load_split
 from qlora_train.errors import ModelError
 from qlora_train.evaluate.compare import Distance, distance, observe
 from qlora_train.model.causal import CausalModel
@@ -64,7 +64,7 @@ def load_merged(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
 def rows_to_verify(run: FinishedRun, tokenizer: Any) -> tuple[str, list[MicroBatch]]:
     """The first `export.verify_rows` held-out rows; training rows where the recipe names no others."""
     recipe = run.recipe
-    split: Literal["eval", "train"] = "eval" if recipe.data.eval else "train"
+    split: Literal["eval", "train"] = "eval" if holds_out(recipe.data) else "train"
     limits = {"max_eval_rows": recipe.export.verify_rows, "max_train_rows": recipe.export.verify_rows}
     table = load_split(recipe.data.model_copy(update=limits), split, tokenizer, recipe.run.seed).table
     return split, list(eval_batches(table, recipe.eval.batch_size, tokenizer.pad_token_id))

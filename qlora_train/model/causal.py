@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from qlora_train.data.loader import MicroBatch
 from qlora_train.errors import ModelError
 from qlora_train.loss import linear_cross_entropy_sum
+from qlora_train.model.attention import run_packed
 from qlora_train.names import IGNORE_INDEX
 
 # Relative to the largest logit. In float32 the two agree to 1e-6 on Llama, GPT-NeoX and Phi-3
@@ -55,9 +56,9 @@ class CausalModel:
     def loss_sum(self, batch: MicroBatch) -> Tensor:
         """Summed cross-entropy (nats, float32 scalar) over the batch's supervised tokens, differentiable.
 
-        Rows are padded on the right and attention is causal, so a real token never sees padding: no mask is needed.
+        Each token counts as often as it weighs; divide by the `weight_sum` of all that belongs together.
         """
-        hidden_BTH: Tensor = self.decoder(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+        hidden_BTH = self.hidden(batch)
         targets = batch.labels[:, 1:]
         supervised = targets != IGNORE_INDEX
         return linear_cross_entropy_sum(
@@ -65,8 +66,20 @@ class CausalModel:
             self.head.weight_VH,
             targets[supervised],
             bias_V=self.head.bias_V,
+            weights_N=None if batch.weights is None else batch.weights[:, 1:][supervised],
             softcap=self.head.softcap,
         )
+
+    def hidden(self, batch: MicroBatch) -> Tensor:
+        """The decoder's last hidden state (B, T, H); of no meaning where there is padding.
+
+        Padding stands on the right and attention is causal, so a real token never sees it: no mask is needed. Rows of
+        a pack are kept apart by their boundaries.
+        """
+        if batch.row_starts is not None:
+            return run_packed(self.decoder, batch)
+        hidden: Tensor = self.decoder(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+        return hidden
 
     @torch.no_grad()
     def check_head(self) -> None:

@@ -15,6 +15,7 @@ from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 from qlora_train.errors import MachineError, ModelError
+from qlora_train.model.attention import ATTENTION_NAME
 from qlora_train.model.files import stored_tensors
 from qlora_train.model.skeleton import build_skeleton, check_shapes, head_name, load_config
 from qlora_train.model.source import Source
@@ -81,17 +82,19 @@ def memory_advice() -> Iterator[None]:
         ) from error
 
 
-def resolve_attention(name: str, device: torch.device, seq_len: int) -> str:
-    """The attention that `auto` stands for (measured: README.md, "Speed")."""
+def resolve_attention(name: str, device: torch.device, seq_len: int, batching: str) -> str:
+    """The attention that `auto` stands for (measured: README.md, "Speed"). Packs need our own."""
     if name != "auto":
         return name
+    if batching == "packed":
+        return ATTENTION_NAME
     return "eager" if device.type == "cpu" and seq_len <= EAGER_CPU_TOKENS else "sdpa"
 
 
 def load_recipe_base(source: Source, recipe: Recipe) -> Base:
     """The base as a recipe wants it: for training, and again for evaluation and export."""
     device = resolve_device(recipe.model.device)
-    attention = resolve_attention(recipe.model.attn_implementation, device, recipe.data.seq_len)
+    attention = resolve_attention(recipe.model.attn_implementation, device, recipe.data.seq_len, recipe.data.batching)
     return load_base(source, recipe.quant, getattr(torch, recipe.model.compute_dtype), device, attention)
 
 

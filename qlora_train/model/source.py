@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING
 
-from qlora_train.artifacts import manifest_faults, publishing, sha256_file
+from qlora_train.artifacts import cache_dir, manifest_faults, publishing, sha256_file
 from qlora_train.errors import MachineError, ModelError, SecurityError
 from qlora_train.recipe.schema import ModelSection
 
@@ -33,18 +31,6 @@ class Source:
     folder: Path
     commit: str | None = None  # of a hub id
     file_sha256: str | None = None  # of a GGUF file
-
-
-def cache_dir() -> Path:
-    """QLORA_TRAIN_CACHE, else the XDG cache, else a folder of this user under the temporary directory."""
-    if explicit := os.environ.get("QLORA_TRAIN_CACHE"):
-        return Path(explicit)
-    if xdg := os.environ.get("XDG_CACHE_HOME"):
-        return Path(xdg) / "qlora_train"
-    try:
-        return Path.home() / ".cache" / "qlora_train"
-    except RuntimeError:  # no HOME and no entry in the user database
-        return Path(tempfile.gettempdir()) / f"qlora_train-{os.getuid()}"
 
 
 def resolve_source(section: ModelSection, *, weights: bool = True) -> Source:

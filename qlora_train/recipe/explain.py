@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any, Protocol, cast
 
 from pydantic_core import ErrorDetails
 
 from qlora_train.errors import Problem
-from qlora_train.recipe.reader import Node, Unusable, dump_value
+from qlora_train.recipe.reader import Node, Unusable, dump_value, printable
 from qlora_train.recipe.schema import Recipe, Section
 from qlora_train.recipe.validate import nearest
 
@@ -30,8 +30,20 @@ class Given(Protocol):
 @cache
 def shapes_of(section: str) -> dict[str, dict[str, Any]]:
     """JSON schema of every key of a section."""
-    properties: dict[str, dict[str, Any]] = section_model(section).model_json_schema()["properties"]
+    schema = section_model(section).model_json_schema()
+    properties: dict[str, dict[str, Any]] = _inlined(schema["properties"], schema.get("$defs", {}))
     return properties
+
+
+def _inlined(shape: Any, definitions: Mapping[str, Any]) -> Any:
+    """The schema with what it refers to in place of each reference."""
+    if isinstance(shape, list):
+        return [_inlined(item, definitions) for item in shape]
+    if not isinstance(shape, dict):
+        return shape
+    if "$ref" in shape:
+        return _inlined(definitions[shape["$ref"].rpartition("/")[2]], definitions)
+    return {key: _inlined(value, definitions) for key, value in shape.items()}
 
 
 def section_model(section: str) -> type[Section]:
@@ -52,16 +64,48 @@ def explain(
                 fix = f"add `{key}:` below `{section}:`. {shape.get('description', '')}"
                 yield Problem(f"{dotted}: missing", fix, where)
             continue
-        setting = given[key]
-        items = setting.value.value
-        inner = {error["loc"][-1]: error for error in of_key if isinstance(error["loc"][-1], int)}
-        if isinstance(items, list) and inner:
-            array = next(option for option in shape.get("anyOf", [shape]) if option.get("type") == "array")
-            for index, error in inner.items():
-                item = items[index]
-                yield _value_problem(f"{dotted}[{index}]", array["items"], item, error, setting.at(item))
+        setting, seen = given[key], set[tuple[int | str, ...]]()
+        for error in sorted(of_key, key=lambda error: -len(error["loc"])):
+            name, inner, node, loc = _locate(dotted, shape, setting.value, error["loc"][1:])
+            if any(deeper[: len(loc)] == loc for deeper in seen):
+                continue  # one problem a place: a list of which nothing is right is "too short" besides
+            seen.add(loc)
+            if error["type"] == "extra_forbidden":
+                names = list(inner["properties"])
+                close = nearest(name.rpartition(".")[2], names)
+                fix = f"did you mean {close[0]}?" if close else f"remove it; the keys here are: {', '.join(names)}"
+                yield Problem(f"{name}: unknown key", fix, setting.at(node))
+            else:
+                yield _value_problem(name, inner, node, error, setting.at(node))
+
+
+def _locate(
+    dotted: str, shape: Mapping[str, Any], node: Node, loc: Sequence[int | str]
+) -> tuple[str, Mapping[str, Any], Node, tuple[int | str, ...]]:
+    """Name, schema and node of the value that an error is about, as deep as what was written goes; and its path."""
+    done: list[int | str] = []
+    for part in loc:
+        option = next((o for o in shape.get("anyOf", [shape]) if o.get("type") in ("array", "object")), None)
+        if option is None:
+            break
+        if option["type"] == "array" and isinstance(part, str):
+            continue  # pydantic's name for one option of several
+        if option["type"] == "array" and isinstance(part, int):
+            if isinstance(node.value, list):
+                dotted, node = f"{dotted}[{part}]", node.value[part]
+            shape = option["items"]
+        elif option["type"] == "object" and isinstance(node.value, dict) and part in node.value:
+            key, value = node.value[str(part)]
+            if part not in option.get("properties", {}) and "properties" in option:
+                return f"{dotted}.{printable(str(part))}", option, key, (*done, part)
+            dotted, node = f"{dotted}.{printable(str(part))}", value
+            shape = option.get("properties", {}).get(part) or option.get("additionalProperties") or {}
+        elif option["type"] == "object" and part == "path" and isinstance(node.value, str):
+            shape = option["properties"]["path"]
         else:
-            yield _value_problem(dotted, shape, setting.value, of_key[0], setting.at(setting.value))
+            break
+        done.append(part)
+    return dotted, shape, node, tuple(done)
 
 
 def _value_problem(dotted: str, shape: Mapping[str, Any], node: Node, error: ErrorDetails, where: str) -> Problem:
@@ -102,7 +146,9 @@ def _words(shape: Mapping[str, Any], largest: float) -> str:
         return ("one of " if len(allowed) > 1 else "") + ", ".join(map(str, allowed))
     match shape.get("type"):
         case "array":
-            plural = "paths" if shape["items"].get("format") == "path" else "strings"
+            plural = {"path": "paths", "object": "sources (a path, or {path: ..., weight: ...})"}.get(
+                shape["items"].get("format") or shape["items"].get("type"), "strings"
+            )
             return f"a list of {'one or more ' if shape.get('minItems') else ''}{plural}"
         case "integer" | "number" as kind:
             return _number_words(shape, largest, whole=kind == "integer")
@@ -110,7 +156,9 @@ def _words(shape: Mapping[str, Any], largest: float) -> str:
             return "true or false"
         case "null":
             return "null"
-    return "a path" if shape.get("format") == "path" else "a string"
+        case "object":
+            return "a path, or {path: ..., weight: ...}" if "properties" in shape else "a mapping of strings"
+    return "a path" if shape.get("format") in ("path", "source") else "a string"
 
 
 def _number_words(shape: Mapping[str, Any], largest: float, *, whole: bool) -> str:

@@ -258,6 +258,4 @@ def _build(draft: _Draft, source: str, base: Recipe | None = None) -> dict[str, 
 
 
 def _convert(section: str, key: str, setting: _Setting) -> object:
-    if (section, key) == ("model", "path") and isinstance(setting.value.value, str):
-        return reader.to_model_path(setting.value.value, setting.folder)
     return reader.to_field(shapes_of(section)[key], setting.value, setting.folder)

@@ -6,7 +6,7 @@ import os
 import re
 import stat
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -242,30 +242,60 @@ def to_field(shape: Mapping[str, Any], node: Node, folder: Path | None) -> objec
     """The node's value as the type that a JSON schema asks for, where that loses nothing; else as it is."""
     options = shape.get("anyOf", [shape])
     array = next((option for option in options if option.get("type") == "array"), None)
+    mapping = next((option for option in options if option.get("type") == "object"), None)
     value = node.value
     if isinstance(value, list):
         items = array["items"] if array else {}
         return tuple(to_field(items, item, folder) for item in value)
     types = {option.get("type") for option in options}
+    if array and "string" not in types and value is not None:
+        return (to_field(array["items"], node, folder),)  # one stands for a list of one
+    if isinstance(value, dict):
+        known = mapping.get("properties", {}) if mapping else {}
+        return {key: to_field(known.get(key, {}), item, folder) for key, (_, item) in value.items()}
     if type(value) is int and "number" in types:
         return float(value)
     if type(value) is float and "integer" in types:
         return Unusable("", "")  # pydantic takes 64.0 for a Literal[64]
-    if not isinstance(value, str):
-        return value
-    if any(option.get("format") == "path" for option in options):
-        return _path(value, folder)
-    return (to_field(array["items"], node, folder),) if array and "string" not in types else value
+    return _from_text(value, options, mapping, folder) if isinstance(value, str) else value
 
 
-def to_model_path(text: str, folder: Path | None) -> str | Unusable:
+def _from_text(
+    text: str, options: Sequence[Mapping[str, Any]], mapping: Mapping[str, Any] | None, folder: Path | None
+) -> object:
+    """What a plain string stands for: a path against `folder`, a source by its path alone, a percentage, itself."""
+    formats = {option.get("format") for option in options}
+    if "path" in formats:
+        return _path(text, folder)
+    if "model" in formats:
+        return _model_path(text, folder)
+    if "source" in formats:
+        return _source_path(text, folder)
+    if mapping and "path" in mapping.get("properties", {}):
+        return {"path": to_field(mapping["properties"]["path"], Node(text, text, 0, 0), folder)}
+    percent = re.fullmatch(r"(\d{1,2}(?:\.\d+)?) ?%", text)
+    if percent and any(option.get("exclusiveMaximum", option.get("maximum")) == 1 for option in options):
+        return float(percent[1]) / 100
+    return text
+
+
+def _model_path(text: str, folder: Path | None) -> str | Unusable:
     """A local model as an absolute path; a hub id and `package:NAME/FILE` as they are."""
     if not text or text.startswith("package:"):
         return text
+    return _local_or_hub(text, folder, local=text.endswith(".gguf"))
+
+
+def _source_path(text: str, folder: Path | None) -> str | Unusable:
+    """A local file or folder of rows as an absolute path; `owner/name` without an extension as it is."""
+    return _local_or_hub(text, folder, local=not re.fullmatch(r"[\w.-]+/[\w-]+", text)) if text else text
+
+
+def _local_or_hub(text: str, folder: Path | None, *, local: bool) -> str | Unusable:
     path = _path(text, folder)
     if isinstance(path, Unusable):
         return path
-    local = text.startswith(("./", "../", "/", "~")) or text.endswith(".gguf") or kind_of(path) is not None
+    local = local or text.startswith(("./", "../", "/", "~")) or kind_of(path) is not None
     return str(path) if local and folder else text
 
 

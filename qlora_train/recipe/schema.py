@@ -12,6 +12,7 @@ NonNegativeInt = Annotated[int, Field(ge=0, le=2**40)]
 PositiveFloat = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 Name = Annotated[str, Field(min_length=1)]
+Format = Literal["auto", "messages", "sharegpt", "prompt_completion", "alpaca", "text"]
 
 
 class Section(BaseModel):
@@ -22,7 +23,8 @@ class Section(BaseModel):
 
 class ModelSection(Section):
     path: Name = Field(
-        description="Hub id, folder, `.gguf` file, or `package:NAME/FILE` for a file inside an installed package."
+        json_schema_extra={"format": "model"},
+        description="Hub id, folder, `.gguf` file, or `package:NAME/FILE` for a file inside an installed package.",
     )
     revision: str | None = Field(
         None, description="Commit, tag or branch of a hub id. A commit makes the run repeatable."
@@ -33,8 +35,8 @@ class ModelSection(Section):
     )
     attn_implementation: Literal["auto", "sdpa", "eager"] = Field(
         "auto",
-        description="transformers' attention. auto: sdpa, but eager on a CPU for rows of up to 512 tokens, where the "
-        "backward pass of sdpa is slow; eager holds the scores of a whole row.",
+        description="Attention of padded batches; packs have their own. auto: sdpa, but eager on a CPU for rows of up "
+        "to 512 tokens, where the backward pass of sdpa is slow; eager holds the scores of a whole row.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to train. auto: cuda where there is one.")
     chat_template: Path | None = Field(
@@ -79,37 +81,81 @@ class AdapterSection(Section):
     init_from: Path | None = Field(None, description="Folder of a trained adapter to go on from, in PEFT's format.")
 
 
+class SourceSection(Section):
+    """One source of rows. A plain string in a recipe stands for its path."""
+
+    path: Name = Field(
+        json_schema_extra={"format": "source"},
+        description="JSONL, JSON, CSV, TSV, Parquet or Arrow file, folder of Parquet or Arrow files, or hub id.",
+    )
+    weight: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)] = Field(
+        1.0, description="Passes over this source in one epoch. 0.5: every row each second epoch; 2: twice an epoch."
+    )
+    format: Format | None = Field(None, description="Shape of these rows; default: data.format.")
+    columns: dict[Name, Name] = Field(
+        {}, description="Our column names and theirs, e.g. {instruction: question}, besides those of data.columns."
+    )
+    revision: str | None = Field(None, description="Commit, tag or branch of a hub id.")
+    subset: str | None = Field(None, description="Configuration of a hub data set, where it has several.")
+    split: Name = Field("train", description="Split of a hub data set, or of a folder that holds several.")
+
+
 class DataSection(Section):
-    train: tuple[Path, ...] = Field(description="JSONL files of training rows, in order.", min_length=1)
-    eval: tuple[Path, ...] = Field((), description="JSONL files of held-out rows: never trained on.")
-    format: Literal["auto", "messages", "prompt_completion", "text"] = Field(
-        "auto", description="Shape of the rows. auto: told by the columns of the first row."
+    train: tuple[SourceSection, ...] = Field(description="Sources of training rows, in order.", min_length=1)
+    eval: tuple[SourceSection, ...] = Field((), description="Sources of held-out rows: never trained on.")
+    split: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] | None = Field(
+        None,
+        description="Share of the training rows to hold out, e.g. 5%. Chosen by their content: the same rows whatever "
+        "the seed, and equal rows stay on one side.",
+    )
+    format: Format = Field("auto", description="Shape of the rows. auto: told by the columns of a source's first row.")
+    columns: dict[Name, Name] = Field({}, description="Our column names and theirs, e.g. {messages: dialogue}.")
+    bad_rows: Literal["fail", "skip"] = Field(
+        "fail",
+        description="What a row that cannot be read, rendered or supervised does: it ends the run before anything is "
+        "loaded, or is left out and listed in rejected.jsonl.",
     )
     loss_on: Literal["completion", "assistant", "all"] = Field(
         "assistant",
         description="Tokens that are trained: the last answer (completion), every answer (assistant), or all.",
     )
     seq_len: Annotated[int, Field(ge=8, le=2**24)] = Field(
-        1024, description="Longest row, in tokens. Longer ones are handled by `overlong`, never cut silently."
+        1024, description="Tokens of a pack, and of the longest row. Longer rows are handled by `overlong`."
     )
-    overlong: Literal["drop", "fail"] = Field(
-        "drop", description="What happens to a row longer than seq_len: left out and listed, or an error."
+    overlong: Literal["drop", "cut", "fail"] = Field(
+        "drop",
+        description="What happens to a row longer than seq_len: left out and listed; cut to seq_len, which loses its "
+        "end, and listed; or an error.",
+    )
+    max_lost_frac: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = Field(
+        0.05,
+        description="Refuse to train when dropped, cut and rejected rows hold more than this share of the tokens.",
+    )
+    duplicates: Literal["keep", "drop"] = Field(
+        "keep", description="What happens to a training row that repeats an earlier one word for word."
     )
     max_train_rows: PositiveInt | None = Field(None, description="Train on a random subset of so many rows.")
     max_eval_rows: PositiveInt | None = Field(None, description="Evaluate on the first so many rows.")
-    batching: Literal["shuffled", "length_grouped"] = Field(
-        "length_grouped",
-        description="How rows meet in a micro-batch. length_grouped puts rows of like length together, "
-        "which leaves less padding; the order of micro-batches stays random.",
+    batching: Literal["packed", "length_grouped", "shuffled"] = Field(
+        "packed",
+        description="How rows meet in a micro-batch. packed: whole rows laid end to end in packs of seq_len tokens, "
+        "each attending to itself alone; length_grouped: padded, rows of like length together; shuffled: padded.",
+    )
+    streaming: bool = Field(
+        False,
+        description="Keep no tokens on disk: rows are read and tokenised again for each use. For sets larger than the "
+        "disk cache.",
     )
 
 
 class TrainSection(Section):
     epochs: PositiveFloat = Field(1.0, description="Passes over the rows. 1 to 3 for instructions.")
     max_steps: PositiveInt | None = Field(None, description="Stop after so many optimiser steps, whatever epochs says.")
-    micro_batch_size: PositiveInt = Field(4, description="Rows per forward pass. Raise it until memory is full.")
+    micro_batch_size: PositiveInt = Field(
+        4, description="Packs (or padded rows) per forward pass. Raise it until memory is full."
+    )
     grad_accum_steps: PositiveInt = Field(
-        4, description="Forward passes per optimiser step. Rows per step = micro_batch_size x this; 16 to 32 is usual."
+        4, description="Forward passes per optimiser step. Packs per step = micro_batch_size x this."
     )
     learning_rate: PositiveFloat = Field(
         2e-4, description="Peak rate. About ten times that of full fine-tuning; 1e-4 from 30 billion parameters on."

@@ -11,7 +11,7 @@ from pathlib import Path
 from qlora_train.errors import Problem
 from qlora_train.recipe.methods import METHODS
 from qlora_train.recipe.reader import kind_of
-from qlora_train.recipe.schema import Recipe
+from qlora_train.recipe.schema import Recipe, SourceSection
 
 Origins = Mapping[str, str]
 
@@ -34,7 +34,9 @@ OLD_KEYS: dict[str, str] = {
     **dict.fromkeys(("train_file", "train_files", "dataset", "datasets", "dataset_path"), "data.train"),
     **dict.fromkeys(("eval_file", "validation_file", "eval_dataset", "test_datasets"), "data.eval"),
     **dict.fromkeys(("max_samples", "max_train_samples"), "data.max_train_rows"),
-    **{"max_eval_samples": "data.max_eval_rows", "group_by_length": "data.batching", "train_on_inputs": "data.loss_on"},
+    **{"max_eval_samples": "data.max_eval_rows", "train_on_inputs": "data.loss_on"},
+    **dict.fromkeys(("group_by_length", "packing", "sample_packing", "neat_packing", "multipack"), "data.batching"),
+    **dict.fromkeys(("val_set_size", "test_size", "validation_split", "split_dataset_ratio"), "data.split"),
     **dict.fromkeys(("num_train_epochs", "num_epochs"), "train.epochs"),
     **dict.fromkeys(("batch_size", "per_device_train_batch_size", "micro_batch"), "train.micro_batch_size"),
     **dict.fromkeys(("gradient_accumulation_steps", "gradient_accumulation"), "train.grad_accum_steps"),
@@ -174,25 +176,24 @@ def _quant_off(recipe: Recipe, origins: Origins) -> Iterator[Problem]:
             yield Problem(what, f"remove {key}, or set quant_type to nf4", _where(origins, dotted))
 
 
+def _holds_out(recipe: Recipe) -> bool:
+    return bool(recipe.data.eval) or recipe.data.split is not None
+
+
 def _eval_without_data(recipe: Recipe, origins: Origins) -> Iterator[Problem]:
-    if recipe.data.eval:
+    if _holds_out(recipe):
         return
     wanted = {
         "eval.every": recipe.eval.every > 0,
         "eval.generate_rows": recipe.eval.generate_rows > 0,
+        "data.max_eval_rows": recipe.data.max_eval_rows is not None,
     }
     for dotted, asked in wanted.items():
         if asked and _given(origins, dotted):
             what = f"{dotted} has no rows to evaluate: data.eval is empty ({_at(origins, 'data.eval')})"
-            fix = f"give data.eval a file of held-out rows, or remove {dotted.partition('.')[2]}"
+            name = dotted.partition(".")[2]
+            fix = f"give data.eval a file of held-out rows, set data.split: 5%, or remove {name}"
             yield Problem(what, fix, _where(origins, dotted))
-
-
-def _max_eval_rows(recipe: Recipe, origins: Origins) -> Iterator[Problem]:
-    if recipe.data.max_eval_rows is not None and not recipe.data.eval:
-        what = f"data.max_eval_rows has no effect: data.eval is empty ({_at(origins, 'data.eval')})"
-        fix = "give data.eval a file of held-out rows, or remove max_eval_rows"
-        yield Problem(what, fix, _where(origins, "data.max_eval_rows"))
 
 
 def _loss_on_text(recipe: Recipe, origins: Origins) -> Iterator[Problem]:
@@ -206,14 +207,49 @@ def _loss_on_text(recipe: Recipe, origins: Origins) -> Iterator[Problem]:
 
 
 def _same_file(recipe: Recipe, origins: Origins) -> Iterator[Problem]:
-    train = {os.path.realpath(path) for path in recipe.data.train}
-    for path in recipe.data.eval:
-        if os.path.realpath(path) in train:
+    def identity(source: SourceSection) -> tuple[str, str, str | None]:
+        return os.path.realpath(source.path), source.split, source.subset
+
+    train = {identity(source) for source in recipe.data.train}
+    for source in recipe.data.eval:
+        if identity(source) in train:
             what = (
-                f"data.eval: {path} is also in data.train ({_at(origins, 'data.train')}), so no row of it is held out"
+                f"data.eval: {source.path} is also in data.train ({_at(origins, 'data.train')}), so no row of it is "
+                "held out"
             )
-            fix = "hold other rows out, or remove the file from one of the two"
+            fix = "hold other rows out (data.split: 5% does), or remove the file from one of the two"
             yield Problem(what, fix, _where(origins, "data.eval"))
+
+
+def _two_held_out(recipe: Recipe, origins: Origins) -> Iterator[Problem]:
+    if recipe.data.split is not None and recipe.data.eval:
+        what = f"data.split and data.eval ({_at(origins, 'data.eval')}) both name the held-out rows"
+        yield Problem(what, "keep one of them", _where(origins, "data.split"))
+
+
+def _source_keys(recipe: Recipe, origins: Origins) -> Iterator[Problem]:
+    """Keys of a source that nothing would read."""
+    for key in ("train", "eval"):
+        for index, source in enumerate(getattr(recipe.data, key)):
+            name = f"data.{key}[{index}]"
+            if Path(source.path).is_absolute():
+                for field in ("revision", "subset"):
+                    if getattr(source, field) is not None:
+                        what = f"{name}.{field} has no effect: {source.path} is a local path"
+                        yield Problem(what, f"remove {field}; it belongs to hub ids", _where(origins, f"data.{key}"))
+            if key == "eval" and source.weight != 1:
+                what = f"{name}.weight has no effect: held-out rows are measured once each"
+                yield Problem(what, "remove weight", _where(origins, "data.eval"))
+
+
+def _attention_of_packs(recipe: Recipe, origins: Origins) -> Iterator[Problem]:
+    if recipe.data.batching == "packed" and recipe.model.attn_implementation != "auto":
+        what = (
+            f"model.attn_implementation: {recipe.model.attn_implementation} does not keep the rows of a pack apart, "
+            f"and data.batching is packed ({_at(origins, 'data.batching')})"
+        )
+        fix = "remove attn_implementation, or set data.batching to length_grouped"
+        yield Problem(what, fix, _where(origins, "model.attn_implementation"))
 
 
 def _missing(dotted: str, path: Path, origins: Origins, kind: str) -> Iterator[Problem]:
@@ -228,8 +264,9 @@ def _missing(dotted: str, path: Path, origins: Origins, kind: str) -> Iterator[P
 
 def _data_files(recipe: Recipe, origins: Origins) -> Iterator[Problem]:
     for key in ("train", "eval"):
-        for path in getattr(recipe.data, key):
-            yield from _missing(f"data.{key}", path, origins, "file")
+        for source in getattr(recipe.data, key):
+            if Path(source.path).is_absolute():
+                yield from _missing(f"data.{key}", Path(source.path), origins, "file or folder")
 
 
 def _model_files(recipe: Recipe, origins: Origins) -> Iterator[Problem]:
@@ -261,7 +298,9 @@ _CHECKS: tuple[tuple[tuple[str, ...], Callable[[Recipe, Origins], Iterator[Probl
     (("adapter",), _adapter_folder),
     (("quant",), _quant_off),
     (("eval", "data"), _eval_without_data),
-    (("data",), _max_eval_rows),
+    (("data",), _two_held_out),
+    (("data",), _source_keys),
+    (("data", "model"), _attention_of_packs),
     (("data",), _loss_on_text),
     (("data",), _same_file),
     (("data",), _data_files),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass
 
@@ -12,8 +11,8 @@ from peft import PeftModel
 
 from qlora_train.artifacts import RunDir
 from qlora_train.data.loader import Loader, MicroBatch, eval_batches
-from qlora_train.data.tokenize import TokenTable
-from qlora_train.errors import Interrupted
+from qlora_train.data.table import TokenTable
+from qlora_train.errors import Interrupted, ResumeError
 from qlora_train.evaluate.validation import Validation, validate
 from qlora_train.model.causal import CausalModel
 from qlora_train.recipe.schema import Recipe
@@ -44,15 +43,17 @@ class Job:
     @property
     def num_steps(self) -> int:
         """Optimiser steps of the whole run."""
-        steps = math.ceil(self.recipe.train.epochs * self.loader.steps_per_epoch)
+        steps = self.loader.num_steps(self.recipe.train.epochs)
         return min(steps, self.recipe.train.max_steps or steps)
 
 
 def run_loop(job: Job, state: TrainState, metrics: Metrics, stop: StopRequest) -> Validation | None:
     """Train from `state.step` to the end; `state` is brought forward in place. Returns the held-out loss at the end.
 
-    Raises NumericsError before an update that is not finite, and Interrupted after saving when a signal asked to stop.
+    Raises NumericsError before an update that is not finite, Interrupted after saving when a signal asked to stop, and
+    ResumeError when the data's order is not the one in which the rows so far came.
     """
+    _check_position(job.loader, state)
     train, seed, device = job.recipe.train, job.recipe.run.seed, job.accelerator.device
     validation: Validation | None = None
     job.model.train()
@@ -72,6 +73,7 @@ def run_loop(job: Job, state: TrainState, metrics: Metrics, stop: StopRequest) -
         step_s = time.perf_counter() - started
         state.step = step + 1
         state.train_s += step_s
+        state.num_rows += result.num_rows
         state.num_tokens += result.num_tokens
         state.num_supervised_tokens += result.num_supervised_tokens
         progress = Progress(
@@ -114,6 +116,15 @@ def run_loop(job: Job, state: TrainState, metrics: Metrics, stop: StopRequest) -
             if stop.signal_number is not None and not is_last:
                 raise Interrupted(stop.signal_number, f"saved {checkpoint.folder}; go on with --resume")
     return validation
+
+
+def _check_position(loader: Loader, state: TrainState) -> None:
+    """The next rows are exactly those that would have come."""
+    if (expected := loader.rows_before(state.step)) != state.num_rows:
+        raise ResumeError(
+            f"{state.num_rows:,} rows were consumed by step {state.step}, {expected:,} in today's order of the data",
+            fix="resume with the version that began the run, or start a new run in another run.dir",
+        )
 
 
 def _due(step: int, every: int) -> bool:

@@ -22,12 +22,12 @@ from qlora_train.artifacts import (
     publishing,
     read_json,
     retire,
-    sha256_file,
     sweep,
     write_file,
     write_json,
 )
-from qlora_train.data.formats import MessagesRow
+from qlora_train.data.account import account_for, write_account
+from qlora_train.data.rows import MessagesRow
 from qlora_train.environment import environment
 from qlora_train.errors import RecipeError, ResumeError
 from qlora_train.evaluate.sides import SideScores, score_side
@@ -40,6 +40,7 @@ from qlora_train.recipe.schema import Recipe
 from qlora_train.train.checkpoint import Checkpoint, find_checkpoint, list_steps, restore_checkpoint, retire_newer
 from qlora_train.train.loop import evaluate_now, rehearse, run_loop
 from qlora_train.train.metrics import Metrics, Reporter, peak_memory_bytes
+from qlora_train.train.selfcheck import SelfCheck, selfcheck
 from qlora_train.train.setup import Prepared, prepare
 from qlora_train.train.signals import stop_requests
 from qlora_train.train.state import TrainState, trajectory_keys
@@ -79,7 +80,7 @@ def run_training(loaded: LoadedRecipe, *, resume: bool, from_step: int | None, r
     if recipe.run.threads is not None:
         torch.set_num_threads(recipe.run.threads)
     if not resume:
-        _refuse_used(run_dir)
+        refuse_used(run_dir)
     elif from_step is None and run_dir.summary.is_file():
         _refuse_other_recipe(run_dir, recipe)
         reporter.message(f"{run_dir.root} is already complete; nothing was done")
@@ -99,11 +100,17 @@ def run_training(loaded: LoadedRecipe, *, resume: bool, from_step: int | None, r
             retire_newer(run_dir, state.step)
             _forget_lost_best(run_dir, state, reporter)
             reporter.message(f"resumed from {checkpoint.folder.name}")
-        _write_facts(loaded, prepared)
+        packed = recipe.data.batching == "packed"
+        checked = selfcheck(
+            job.causal, prepared.inputs.train.table, job.pad_token_id, job.accelerator.device, packed=packed
+        )
+        reporter.message(f"selfcheck: {checked.summary()}")
+        _write_facts(loaded, prepared, checked)
         _describe(prepared, reporter)
         largest = rehearse(job)
+        num_lines, num_tokens = largest.input_ids.shape
         reporter.message(
-            f"rehearsed the largest micro-batch, {len(largest.row_ids)} rows of {largest.input_ids.shape[1]} tokens: "
+            f"rehearsed the largest micro-batch, {num_lines} {'packs' if packed else 'rows'} of {num_tokens} tokens: "
             f"peak memory {peak_memory_bytes(job.accelerator.device) / 2**30:.2f} GiB"
         )
         stop.check()
@@ -138,7 +145,7 @@ def run_training(loaded: LoadedRecipe, *, resume: bool, from_step: int | None, r
         return result
 
 
-def _refuse_used(run_dir: RunDir) -> None:
+def refuse_used(run_dir: RunDir) -> None:
     """A new run starts in a new folder: nothing of an older one is touched."""
     if run_dir.root.exists() and not run_dir.root.is_dir():
         raise RecipeError(f"run.dir: {run_dir.root} is a file", fix="name a folder")
@@ -185,28 +192,25 @@ def _forget_lost_best(run_dir: RunDir, state: TrainState, reporter: Reporter) ->
         state.best_step = state.best_eval_loss = None
 
 
-def _write_facts(loaded: LoadedRecipe, prepared: Prepared) -> None:
+def _write_facts(loaded: LoadedRecipe, prepared: Prepared, checked: SelfCheck) -> None:
     """What the run is made of, before it starts."""
     run_dir = prepared.job.run_dir
     write_file(run_dir.recipe, resolved_yaml(loaded).encode())
     write_json(run_dir.environment, environment())
-    inputs, section = prepared.inputs, loaded.recipe.data
+    inputs, recipe = prepared.inputs, loaded.recipe
     if template := inputs.tokenizer.chat_template:
         write_file(run_dir.chat_template, str(template).encode())
     source = {"name": inputs.source.name, "commit": inputs.source.commit, "file_sha256": inputs.source.file_sha256}
     write_json(run_dir.base, {"source": source, **prepared.base.print.as_dict()})
-    splits = {split.audit.split: split.audit.as_dict() for split in (inputs.train, inputs.eval) if split}
-    files = {str(path): sha256_file(path) for path in (*section.train, *section.eval)}
-    write_json(
-        run_dir.data,
-        {
-            **splits,
-            "padding_frac": prepared.job.loader.padding_frac(0),
-            "files": files,
-            "end_token_ids": inputs.train.table.end_token_ids(),
-            "conversations": isinstance(inputs.train.rows[0], MessagesRow),
-        },
-    )
+    train, held_out = inputs.train, inputs.eval
+    account = account_for(recipe, train, held_out, inputs.tokenizer, prepared.job.loader)
+    facts = {
+        "files": {s.source.name: s.source.digest() for split in (train, held_out) if split for s in split.sources},
+        "selfcheck": checked.as_dict(),
+        "end_token_ids": train.end_token_ids,
+        "conversations": isinstance(train.read([0])[0], MessagesRow),
+    }
+    write_account(run_dir, {**account.as_dict(recipe), **facts}, train, held_out)
 
 
 def _describe(prepared: Prepared, reporter: Reporter) -> None:

@@ -15,9 +15,10 @@ from accelerate.state import AcceleratorState
 from qlora_train.adapters.attach import AdapterFacts, adapter_facts, attach_adapter
 from qlora_train.adapters.state import load_adapter_config
 from qlora_train.artifacts import RunDir
-from qlora_train.data.loader import Loader
-from qlora_train.data.split import Split, load_split
+from qlora_train.data.account import build_loader
+from qlora_train.data.split import Split, load_splits
 from qlora_train.errors import MachineError
+from qlora_train.model.attention import check_packable
 from qlora_train.model.causal import CausalModel
 from qlora_train.model.load import Base, add_end_tokens, load_recipe_base, resolve_device
 from qlora_train.model.skeleton import (
@@ -73,6 +74,8 @@ def load_inputs(recipe: Recipe, *, weights: bool = True) -> Inputs:
     check_length(config, recipe.data.seq_len)
     tokenizer = load_tokenizer(source, recipe.model.chat_template)
     skeleton = build_skeleton(config)
+    if recipe.data.batching == "packed":
+        check_packable(skeleton)
     check_targets(skeleton, recipe.adapter.target_modules)
     if recipe.quant.quant_type != "none":
         check_skipped(skeleton, recipe.quant.skip_modules)
@@ -80,11 +83,10 @@ def load_inputs(recipe: Recipe, *, weights: bool = True) -> Inputs:
             check_shapes(skeleton, recipe.quant.block_size)
     if recipe.adapter.init_from is not None:
         load_adapter_config(recipe.adapter.init_from)
-    train = load_split(recipe.data, "train", tokenizer, recipe.run.seed)
-    held_out = load_split(recipe.data, "eval", tokenizer, recipe.run.seed) if recipe.data.eval else None
+    train, held_out = load_splits(recipe, tokenizer)
     for split in (train, held_out):
         if split is not None:
-            check_vocabulary(int(split.table.ids.max()), config)
+            check_vocabulary(split.largest_id, config)
     return Inputs(source, config, tokenizer, skeleton, train, held_out)
 
 
@@ -97,21 +99,13 @@ def prepare(recipe: Recipe, run_dir: RunDir, reporter: Reporter) -> Prepared:
             reporter.message(split.audit.summary())
     base = load_recipe_base(inputs.source, recipe)
     CausalModel(base.model).check_head()
-    add_end_tokens(base.model, inputs.train.table.end_token_ids())
+    add_end_tokens(base.model, inputs.train.end_token_ids)
     model = attach_adapter(base.model, recipe.adapter, recipe.run.seed, base_name=inputs.source.name)
     if recipe.train.checkpointing == "full":
         base.model.activation_checkpointing_enable({"use_reentrant": False})
     # accelerate keeps the first device of a process for ever; a second run of a notebook may want another.
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=base.device.type == "cpu", mixed_precision="no")
-    loader = Loader(
-        inputs.train.table,
-        recipe.data.batching,
-        recipe.train.micro_batch_size,
-        recipe.train.grad_accum_steps,
-        inputs.tokenizer.pad_token_id,
-        recipe.run.seed,
-    )
     job = Job(
         recipe=recipe,
         run_dir=run_dir,
@@ -119,7 +113,7 @@ def prepare(recipe: Recipe, run_dir: RunDir, reporter: Reporter) -> Prepared:
         model=model,
         optimizer=build_optimizer(model, recipe.train),
         accelerator=accelerator,
-        loader=loader,
+        loader=build_loader(recipe, inputs.train, inputs.tokenizer.pad_token_id),
         eval_table=inputs.eval.table if inputs.eval else None,
         pad_token_id=inputs.tokenizer.pad_token_id,
         binding=_binding(recipe, inputs, base),

@@ -28,7 +28,7 @@ NEUTRAL_KEYS = frozenset(
         "model.path",  # the base is bound by its fingerprint, the data by theirs, wherever they lie
         "model.revision",
         "model.chat_template",
-        "data.train",
+        "data.train",  # but for the weights of its sources, see trajectory_keys
         "adapter.init_from",
     }
 )
@@ -36,9 +36,13 @@ NEUTRAL_KEYS = frozenset(
 
 @dataclass
 class TrainState:
-    """Counters at the end of a step. Randomness and data order follow from `step` and the seed."""
+    """Counters at the end of a step. Randomness and data order follow from `step` and the seed.
+
+    `num_rows` says where in the data that is, each pass over a row counting; a resume checks it against its own order.
+    """
 
     step: int = 0
+    num_rows: int = 0
     num_tokens: int = 0
     num_supervised_tokens: int = 0
     train_s: float = 0.0
@@ -95,10 +99,11 @@ class Binding:
 
 
 def trajectory_keys(recipe: Recipe) -> dict[str, Any]:
-    """Every key of the recipe, dotted, that decides what is trained."""
+    """Every key of the recipe, dotted, that decides what is trained, and how often each source is."""
     keys: dict[str, Any] = {}
     for section, values in recipe.model_dump(mode="json").items():
         for key, value in values.items():
             if f"{section}.{key}" not in NEUTRAL_KEYS:
                 keys[f"{section}.{key}"] = value
+    keys["data.train.weight"] = [source.weight for source in recipe.data.train]
     return keys

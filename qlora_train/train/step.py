@@ -17,10 +17,11 @@ from qlora_train.seeds import derive_seed
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step did. `loss` is the mean over supervised tokens, in nats; `grad_norm` is before clipping."""
+    """What one step did. `loss` is the weighted mean over supervised tokens, in nats; `grad_norm` before clipping."""
 
     loss: float
     grad_norm: float
+    num_rows: int
     num_tokens: int
     num_supervised_tokens: int
 
@@ -28,12 +29,13 @@ class StepResult:
 def accumulate_gradients(
     causal: CausalModel, batches: Sequence[MicroBatch], accelerator: Accelerator, *, seed: int, step: int
 ) -> float:
-    """Add up the gradients of one step; returns the mean loss over the supervised tokens of all its micro-batches.
+    """Add up the gradients of one step; returns the weighted mean loss over the supervised tokens of all micro-batches.
 
-    Each micro-batch's summed loss is divided by the supervised tokens of the whole step: a mean of micro-batch means
-    would weigh a token by the company it keeps. Dropout draws from a generator seeded by (seed, step, micro-step).
+    Each micro-batch's summed loss is divided by the weights of all supervised tokens of the whole step: a mean of
+    micro-batch means would weigh a token by the company it keeps. Dropout draws from a generator seeded by (seed, step,
+    micro-step).
     """
-    total = sum(batch.num_supervised_tokens for batch in batches)
+    total = sum(batch.weight_sum for batch in batches)
     loss_sum = torch.zeros((), device=accelerator.device)
     for micro_step, batch in enumerate(batches):
         torch.manual_seed(derive_seed(seed, "dropout", step, micro_step))
@@ -72,4 +74,10 @@ def train_step(
         group["lr"] = learning_rate
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(loss, norm, sum(b.num_tokens for b in batches), sum(b.num_supervised_tokens for b in batches))
+    return StepResult(
+        loss,
+        norm,
+        num_rows=sum(len(batch.row_ids) for batch in batches),
+        num_tokens=sum(batch.num_tokens for batch in batches),
+        num_supervised_tokens=sum(batch.num_supervised_tokens for batch in batches),
+    )

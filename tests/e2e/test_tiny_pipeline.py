@@ -260,25 +260,27 @@ def test_fused_projections_train_and_export(build: Callable[[Path], Path], tmp_p
 
 
 def test_plain_text_and_full_checkpointing(tmp_path: Path, tiny_llama_dir: Path) -> None:
-    """The text format, `loss_on` left alone, an unquantised base, and both batchings."""
+    """The text format, `loss_on` left alone, an unquantised base, and all batchings."""
     rows = [{"text": f"a line of text, number {i} " * (1 + i % 4)} for i in range(12)]
     write_rows(tmp_path / "train.jsonl", rows)
     write_rows(tmp_path / "test.jsonl", rows[:3])
     padding = {}
-    for batching in ("shuffled", "length_grouped"):
+    for batching in ("shuffled", "length_grouped", "packed"):
         recipe = write_recipe(
             tmp_path,
             tiny_llama_dir,
             quant__quant_type="none",
             train__checkpointing="full",
             data__batching=batching,
+            train__micro_batch_size=2,
             run__dir=batching,
         )
         outcome = run_cli("train", recipe, "--json")
         assert outcome.code == 0, outcome.err
         assert json.loads(outcome.out)["adapter"]["scores"] is None, "plain text asks nothing"
-        padding[batching] = json.loads((tmp_path / batching / "data.json").read_text())["padding_frac"]
-    assert padding["length_grouped"] <= padding["shuffled"]
+        train = json.loads((tmp_path / batching / "data.json").read_text())["splits"][0]
+        padding[batching] = train["batching"]["padding_frac"]
+    assert padding["packed"] < padding["length_grouped"] <= padding["shuffled"]
     assert run_cli("export", tmp_path / "shuffled", tmp_path / "merged").code == 0
 
 

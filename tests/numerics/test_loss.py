@@ -53,6 +53,31 @@ def test_bfloat16_keeps_the_softmax_in_float32() -> None:
     torch.testing.assert_close(grad, expected_grad, rtol=2**-7, atol=2**-9)
 
 
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+def test_weights_multiply_each_token_s_loss_and_gradient(chunk: int, softcap: float) -> None:
+    hidden, weight, labels = _inputs()
+    weights = torch.rand(N) * 2
+    weights[3] = 0
+    logits = F.linear(hidden, weight)
+    logits = softcap * torch.tanh(logits / softcap) if softcap else logits
+    expected = (weights * F.cross_entropy(logits, labels, reduction="none")).sum()
+    (expected_grad,) = torch.autograd.grad(expected, hidden)
+    loss = linear_cross_entropy_sum(hidden, weight, labels, weights_N=weights, softcap=softcap, chunk_tokens=chunk)
+    (grad,) = torch.autograd.grad(loss, hidden)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(grad, expected_grad, rtol=1e-5, atol=1e-6)
+    assert not grad[3].any() and grad[4].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_weights_of_one_change_no_bit(dtype: torch.dtype) -> None:
+    hidden, weight, labels = _inputs(dtype)
+    plain, ones = (linear_cross_entropy_sum(hidden, weight, labels, weights_N=w) for w in (None, torch.ones(N)))
+    assert torch.equal(plain, ones)
+    assert torch.equal(*(torch.autograd.grad(loss, hidden)[0] for loss in (plain, ones)))
+
+
 def test_scales_with_the_incoming_gradient() -> None:
     hidden, weight, labels = _inputs()
     (grad,) = torch.autograd.grad(linear_cross_entropy_sum(hidden, weight, labels), hidden)

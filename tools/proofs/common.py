@@ -60,7 +60,8 @@ def fresh(folder: Path) -> Path:
 
 def earlier(folder: Path, recipe: Path) -> dict[str, Any] | None:
     """The result of an earlier run of the same code, libraries, recipe, data and model, if all verify; else None."""
-    from qlora_train.artifacts import RunDir, manifest_faults, sha256_file
+    from qlora_train.artifacts import RunDir, manifest_faults
+    from qlora_train.data.sources.open import open_source
     from qlora_train.environment import environment
     from qlora_train.errors import UserError
     from qlora_train.model.source import resolve_source
@@ -76,7 +77,7 @@ def earlier(folder: Path, recipe: Path) -> dict[str, Any] | None:
         same = (
             all(then[key] == now[key] for key in ("code_sha256", "versions", "cpu_capability")),
             load_resolved(run.recipe) == wanted,
-            files == {path: sha256_file(Path(path)) for path in files},
+            files == {path: open_source(path).digest() for path in files},
             base["file_sha256"] == resolve_source(wanted.model).file_sha256,
             not manifest_faults(run.adapter),
         )

@@ -71,7 +71,7 @@ def _plain_libraries(run: Path, merged: Path) -> list[Bar]:
 
     trained = load_trained(open_run(run))
     rows = load_split(trained.run.recipe.data, "eval", trained.tokenizer, 0).table
-    batches = [torch.from_numpy(rows.row(i)[0].astype("int64"))[None, :] for i in range(ROWS_COMPARED)]
+    batches = [torch.from_numpy(rows.row(i).ids.astype("int64"))[None, :] for i in range(ROWS_COMPARED)]
     layers = lora_layers(trained.model)
     with torch.no_grad():
         oracle = AutoModelForCausalLM.from_pretrained(trained.base.source.folder, dtype=torch.bfloat16)

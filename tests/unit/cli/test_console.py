@@ -99,10 +99,11 @@ class Outer:
 
 
 def test_to_plain_keeps_fields_and_properties() -> None:
-    validation = Validation(4.0, 2, 1)
+    validation = Validation(4.0, 2.0, 2, 1)
     found = to_plain(Outer(Path("/a"), (validation,), {"k": validation}, None))
     inner = {
         "loss_sum": 4.0,
+        "weight_sum": 2.0,
         "num_supervised_tokens": 2,
         "num_rows": 1,
         "loss": 2.0,

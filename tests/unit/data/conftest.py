@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from qlora_train.data.tokenize import TokenTable
+from qlora_train.data.table import TokenRow, TokenTable
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -68,11 +68,11 @@ def write(tmp_path: Path) -> Callable[..., Path]:
 
 def _table_of(lengths: Sequence[int]) -> TokenTable:
     """A table whose row i holds only the id i + 1, with every position but the first supervised."""
-    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    supervised = np.ones(int(starts[-1]), dtype=np.bool_)
-    supervised[starts[:-1]] = False
-    ids = np.repeat(np.arange(1, len(lengths) + 1), lengths).astype(np.int32)
-    return TokenTable(ids, supervised, starts, tuple(f"rows.jsonl:{index + 1}" for index in range(len(lengths))))
+    rows = []
+    for index, length in enumerate(lengths):
+        span, weights = np.array([1, length], dtype=np.int32), np.ones(1, dtype=np.float32)
+        rows.append(TokenRow(np.full(length, index + 1, dtype=np.int32), span[:1], span[1:], weights))
+    return TokenTable.of_rows(rows)
 
 
 @pytest.fixture(scope="session")

@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from tokenizers import AddedToken, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from qlora_train.data.audit import Audit
 from qlora_train.data.encode import Encoder
-from qlora_train.data.formats import MessagesRow, PromptCompletionRow, Row, TextRow
-from qlora_train.data.problems import Rejection
-from qlora_train.data.template import Rendered, adds_special_tokens
-from qlora_train.data.tokenize import TokenTable, tokenize_rows
-from qlora_train.errors import DataError, ModelError
-from qlora_train.recipe.schema import DataSection
+from qlora_train.data.problems import RowFault
+from qlora_train.data.rows import MessagesRow, PromptCompletionRow, Row, TextRow
+from qlora_train.data.spans import Span
+from qlora_train.data.table import TokenRow, TokenTable
+from qlora_train.data.template import Rendered, Renderer
+from qlora_train.errors import ModelError
 
 Build = Callable[..., PreTrainedTokenizerFast]
 S, E = "<|im_start|>", "<|im_end|>"
-
-
-def section(**changes: Any) -> DataSection:
-    return DataSection(train=(Path("train.jsonl"),), **changes)
 
 
 def chat(*turns: str, where: str = "train.jsonl:1") -> MessagesRow:
@@ -38,24 +31,32 @@ def pair(prompt: str, completion: str, where: str = "train.jsonl:1") -> PromptCo
     return PromptCompletionRow(where, prompt, completion)
 
 
-def tokenized(tokenizer: PreTrainedTokenizerFast, *rows: Row, **changes: Any) -> tuple[TokenTable, Audit]:
-    return tokenize_rows(rows, tokenizer, section(**changes), "train")
+def encoded(tokenizer: PreTrainedTokenizerFast, *rows: Row, loss_on: str = "assistant") -> list[TokenRow | RowFault]:
+    with Renderer(tokenizer, loss_on) as renderer:
+        return Encoder(tokenizer).encode([renderer.render_one(row) for row in rows])
 
 
-def marked(tokenizer: PreTrainedTokenizerFast, row: Row, **changes: Any) -> list[str]:
+def tokens(tokenizer: PreTrainedTokenizerFast, row: Row, loss_on: str = "assistant") -> TokenRow:
+    (found,) = encoded(tokenizer, row, loss_on=loss_on)
+    assert isinstance(found, TokenRow), found
+    return found
+
+
+def marked(tokenizer: PreTrainedTokenizerFast, row: Row, loss_on: str = "assistant") -> list[str]:
     """The row's tokens as their pieces (Ġ is a space, Ċ a newline), the trained ones in brackets."""
-    table, _ = tokenized(tokenizer, row, **changes)
-    ids, supervised = table.row(0)
-    pieces = tokenizer.convert_ids_to_tokens(ids.tolist())
-    return [f"[{piece}]" if mask else piece for piece, mask in zip(pieces, supervised, strict=True)]
+    found = tokens(tokenizer, row, loss_on)
+    pieces = tokenizer.convert_ids_to_tokens(found.ids.tolist())
+    return [f"[{piece}]" if mask else piece for piece, mask in zip(pieces, found.supervised(), strict=True)]
 
 
-def rejection(tokenizer: PreTrainedTokenizerFast, row: Row, **changes: Any) -> str:
-    """The reason for which `row` is rejected beside a row that is kept."""
-    _, audit = tokenized(tokenizer, row, TextRow("train.jsonl:2", "ls"), **changes)
-    (fate,) = audit.fates
-    assert fate.where == row.where and fate.fate == "rejected"
-    return fate.reason
+def refused(tokenizer: PreTrainedTokenizerFast, rendered: Rendered | Row) -> str:
+    """Why a row is refused, beside one that is not."""
+    other = Rendered("list<|im_end|>", (Span(0, 14),), add_special_tokens=False)
+    with Renderer(tokenizer, "assistant") as renderer:
+        entry = rendered if isinstance(rendered, Rendered) else renderer.render_one(rendered)
+    fault, row = Encoder(tokenizer).encode([entry, other])
+    assert isinstance(fault, RowFault) and isinstance(row, TokenRow)
+    return f"{fault.what}; {fault.fix}"
 
 
 @pytest.mark.parametrize("loss_on", ["assistant", "completion"])
@@ -121,55 +122,88 @@ def test_every_byte_of_a_character_is_trained(tokenizer: PreTrainedTokenizerFast
 def test_padding_id_equal_to_the_end_token_changes_nothing(build_tokenizer: Build) -> None:
     same, other = build_tokenizer(), build_tokenizer(pad_token="<|bos|>")
     assert same.pad_token_id == same.eos_token_id != other.pad_token_id
-    rows = [chat("user: list", "assistant: ls", where=f"a:{line}") for line in range(5)]
-    table, _ = tokenized(same, *rows)
-    assert table.fingerprint() == tokenized(other, *rows)[0].fingerprint()
-    trained_ends = (table.ids == same.eos_token_id) & table.supervised
-    assert trained_ends.sum() == len(rows)
+    row = chat("user: list", "assistant: ls")
+    tables = [TokenTable.of_rows([tokens(tokenizer, row)]) for tokenizer in (same, other)]
+    assert tables[0].fingerprint() == tables[1].fingerprint()
+    assert marked(same, row)[-2] == marked(other, row)[-2] == f"[{E}]"
 
 
 @pytest.mark.parametrize("nested", [False, True])
-def test_straddling_token_is_rejected(build_tokenizer: Build, nested: bool) -> None:
+def test_straddling_token_is_refused(build_tokenizer: Build, nested: bool) -> None:
     tokenizer = build_tokenizer(nested=nested)
-    reason = rejection(tokenizer, pair("list ", "files"))
+    reason = refused(tokenizer, pair("list ", "files"))
     assert "the start of the trained text falls inside one token, ' files'; begin completions with a space" in reason
-    assert rejection(tokenizer, pair("li", "st the")).startswith("the start of the trained text falls inside")
+    assert refused(tokenizer, pair("li", "st the")).startswith("the start of the trained text falls inside")
 
 
-def test_span_end_inside_a_token_is_rejected(tokenizer: PreTrainedTokenizerFast) -> None:
-    encoder, rendered = Encoder(tokenizer), Rendered("list files", ((4, 8),), add_special_tokens=True)
-    with pytest.raises(Rejection, match="the end of the trained text falls inside one token, ' files'"):
-        encoder.supervised(rendered, *encoder.encode([rendered]))
+def plain(text: str, *spans: Span) -> Rendered:
+    return Rendered(text, spans, add_special_tokens=False)
 
 
-def test_text_that_no_end_token_closes_is_rejected(tokenizer: PreTrainedTokenizerFast) -> None:
-    encoder, rendered = Encoder(tokenizer), Rendered("list files", ((4, 10),), add_special_tokens=True)
-    with pytest.raises(Rejection, match="no end token closes the trained text"):
-        encoder.supervised(rendered, *encoder.encode([rendered]))
+def test_span_end_inside_a_token_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    reason = refused(tokenizer, plain("list files", Span(4, 8)))
+    assert reason.startswith("the end of the trained text falls inside one token, ' files'")
 
 
-def test_text_that_the_tokenizer_leaves_out_is_rejected(build_tokenizer: Build) -> None:
+def test_text_that_no_end_token_closes_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert refused(tokenizer, plain("list files", Span(4, 10))).startswith("no end token closes the trained text")
+    (row,) = Encoder(tokenizer).encode([plain("list files", Span(4, 10, closed=False))])
+    assert isinstance(row, TokenRow) and row.supervised().tolist() == [False, True]
+
+
+def test_text_that_the_tokenizer_leaves_out_is_refused(build_tokenizer: Build) -> None:
     tokenizer = build_tokenizer()
     tokenizer.backend_tokenizer.normalizer = normalizers.Replace("?", "")
-    assert "leaves out '?'" in rejection(tokenizer, pair("list", " the? files"))
+    assert "leaves out '?'" in refused(tokenizer, pair("list", " the? files"))
+    assert "leaves out '?'" in refused(tokenizer, pair("list", " the files?"))
     assert marked(tokenizer, pair("list?", " files")) == ["list", "[Ġfiles]", f"[{E}]"]
+
+
+def test_row_with_nothing_but_its_first_token_to_train_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert refused(tokenizer, pair("", "")).startswith("the row has no token to train")
+
+
+def test_spans_and_weights_in_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
+    row = MessagesRow(
+        "a:1", chat("user: list", "assistant: ls", "user: the", "assistant: files").messages, (), (0, 2, 0, 0.5)
+    )
+    found = tokens(tokenizer, row)
+    # <|im_start|> user \n list <|im_end|> \n are six tokens; so many again before the second answer's own.
+    assert (found.span_starts.tolist(), found.span_stops.tolist()) == ([9, 21], [11, 23])
+    assert found.span_weights.tolist() == [2, 0.5]
+    assert {array.dtype for array in (found.ids, found.span_starts, found.span_stops)} == {np.dtype(np.int32)}
 
 
 def test_ids_are_those_of_the_tokenizer_itself(tokenizer: PreTrainedTokenizerFast) -> None:
     row = chat("user: list  the\tfiles é", "assistant:  ls \n ls ")
     text = tokenizer.apply_chat_template(list(row.messages), tokenize=False)
     assert isinstance(text, str)
-    table, _ = tokenized(tokenizer, row)
-    assert table.ids.tolist() == tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert tokens(tokenizer, row).ids.tolist() == tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def test_rows_across_batches_keep_their_order(tokenizer: PreTrainedTokenizerFast, monkeypatch: Any) -> None:
-    monkeypatch.setattr("qlora_train.data.tokenize._BATCH_ROWS", 3)
-    rows = [pair("ls" * (line % 4 + 1), " ls", where=f"a:{line}") for line in range(10)]
-    table, _ = tokenized(tokenizer, *rows)
-    assert table.where == tuple(row.where for row in rows)
-    for index, row in enumerate(rows):
-        assert tokenizer.decode(table.row(index)[0].tolist()) == row.prompt + " ls" + E
+def test_rows_with_and_without_bos_share_a_batch_and_keep_their_order(build_tokenizer: Build) -> None:
+    tokenizer = with_post_processor(build_tokenizer(bos_token="<|bos|>"), "<|bos|> $A")
+    rows: list[Row] = [
+        pair("list", " ls"),
+        pair("<|bos|>the", " ls"),
+        chat("user: list", "assistant: the"),
+        pair("ls", " ls"),
+    ]
+    texts = [tokenizer.decode(row.ids) for row in encoded(tokenizer, *rows) if isinstance(row, TokenRow)]
+    chatted = f"{S}user\nlist{E}\n{S}assistant\nthe{E}\n"
+    assert texts == [f"<|bos|>list ls{E}", f"<|bos|>the ls{E}", chatted, f"<|bos|>ls ls{E}"]
+
+
+def test_prompt_ids(build_tokenizer: Build) -> None:
+    tokenizer = with_post_processor(build_tokenizer(bos_token="<|bos|>"), f"<|bos|> $A {E}")
+    encoder, names = Encoder(tokenizer), tokenizer.convert_ids_to_tokens
+    assert names(encoder.ids(Rendered("list", (), add_special_tokens=True))) == ["<|bos|>", "list"]
+    assert names(encoder.ids(Rendered("", (), add_special_tokens=True))) == ["<|bos|>"]
+    assert names(encoder.ids(Rendered("list", (), add_special_tokens=False))) == ["list"]
+
+
+def test_longest_piece(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert Encoder(tokenizer).longest_piece == len("<|im_start|>")
 
 
 def with_post_processor(tokenizer: PreTrainedTokenizerFast, template: str) -> PreTrainedTokenizerFast:
@@ -186,8 +220,13 @@ def test_bos_of_the_tokenizer_stands_once(build_tokenizer: Build) -> None:
     assert marked(tokenizer, TextRow("a:1", "<|bos|>list")) == ["<|bos|>", "[list]", f"[{E}]"]
     assert marked(tokenizer, pair("", "list")) == ["<|bos|>", "[list]", f"[{E}]"]
     assert marked(tokenizer, chat("user: list", "assistant: ls"))[0] == S
-    assert [adds_special_tokens(row, tokenizer) for row in (pair("a", "b"), pair("<|bos|>a", "b"))] == [True, False]
-    assert not adds_special_tokens(chat("user: list", "assistant: ls"), tokenizer)
+
+
+def test_two_bos_tokens_are_refused(build_tokenizer: Build) -> None:
+    tokenizer = with_post_processor(build_tokenizer(bos_token="<|bos|>"), "<|bos|> $A")
+    assert "begins with two BOS tokens" in refused(tokenizer, pair("<|bos|><|bos|>list", " ls"))
+    tokenizer.chat_template = "{{ bos_token }}{{ bos_token }}" + tokenizer.chat_template
+    assert "begins with two BOS tokens" in refused(tokenizer, chat("user: list", "assistant: ls"))
 
 
 def test_what_the_tokenizer_adds_in_front_is_never_trained(build_tokenizer: Build) -> None:
@@ -220,64 +259,10 @@ def test_special_token_that_swallows_the_space_of_a_completion(build_tokenizer: 
 
 def test_tokenizer_without_end_token(build_tokenizer: Build) -> None:
     with pytest.raises(ModelError, match="names no end token"):
-        tokenized(build_tokenizer(eos_token=None), pair("list", " files"))
+        encoded(build_tokenizer(eos_token=None), pair("list", " files"))
 
 
 def test_slow_tokenizer(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(tokenizer), "is_fast", property(lambda _: False))
     with pytest.raises(ModelError, match="slow"):
-        tokenized(tokenizer, pair("list", " files"))
-
-
-def test_overlong_rows_are_dropped_with_their_length(tokenizer: PreTrainedTokenizerFast) -> None:
-    short, long = pair("list", " ls" * 6), pair("list", " ls" * 7, where="train.jsonl:2")
-    table, audit = tokenized(tokenizer, short, long, seq_len=8)
-    assert table.lengths().tolist() == [8]
-    (fate,) = audit.fates
-    assert (fate.where, fate.fate, fate.num_tokens, fate.num_supervised_tokens) == ("train.jsonl:2", "dropped", 9, 8)
-    assert fate.reason == "the row is 9 tokens long; data.seq_len is 8"
-
-
-def test_overlong_rows_fail_on_request(tokenizer: PreTrainedTokenizerFast) -> None:
-    rows = [pair("list", " ls" * 9, where=f"a:{line}") for line in range(25)]
-    with pytest.raises(DataError) as caught:
-        tokenized(tokenizer, *rows, pair("list", " ls"), seq_len=8, overlong="fail")
-    problems = caught.value.problems
-    assert len(problems) == 21 and problems[0].where == "a:0" and "25 problems" in problems[-1].what
-
-
-def test_row_far_too_long_is_dropped_before_it_is_tokenised(tokenizer: PreTrainedTokenizerFast) -> None:
-    giant = TextRow("a:1", "ls" * 2**20)
-    _, audit = tokenized(tokenizer, giant, pair("list", " ls"))
-    (fate,) = audit.fates
-    # 2**21 characters and the end token's 10; the longest piece is <|im_start|> with 12.
-    assert fate.fate == "dropped" and fate.num_tokens == 174_763
-    assert "2,097,162 characters, so at least 174,763 tokens long" in fate.reason
-
-
-@pytest.mark.parametrize(
-    ("rows", "changes", "says"),
-    [
-        ([pair("li", "st", where=f"a:{n}") for n in range(3)], {}, "0 trainable rows of 3 .* falls inside one token"),
-        ([pair("list", " ls" * n, where=f"a:{n}") for n in (20, 21)], {"seq_len": 8}, "rows of 2 .* 22 tokens long"),
-        ([], {}, "holds no rows"),
-    ],
-)
-def test_nothing_left_names_the_likely_cause(
-    tokenizer: PreTrainedTokenizerFast, rows: list[Row], changes: dict[str, Any], says: str
-) -> None:
-    with pytest.raises(DataError, match=says):
-        tokenized(tokenizer, *rows, **changes)
-
-
-def test_fingerprint_tells_ids_masks_and_borders_apart(tokenizer: PreTrainedTokenizerFast) -> None:
-    row = chat("user: list", "assistant: ls")
-    table, _ = tokenized(tokenizer, row)
-    moved, _ = tokenized(tokenizer, MessagesRow("elsewhere.jsonl:9", row.messages))
-    assert table.fingerprint() == moved.fingerprint()
-    others = [
-        tokenized(tokenizer, row, loss_on="all")[0],
-        tokenized(tokenizer, chat("user: list", "assistant: the"))[0],
-        TokenTable(table.ids, table.supervised, np.array([0, 3, len(table.ids)]), ("a:1", "a:2")),
-    ]
-    assert len({table.fingerprint(), *(other.fingerprint() for other in others)}) == 4
+        encoded(tokenizer, pair("list", " files"))

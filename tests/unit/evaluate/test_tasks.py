@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 
-from qlora_train.evaluate.tasks import Question, answer, encode_prompts, end_token_ids, mean_scores, score
+from qlora_train.evaluate.tasks import Question, answer, end_token_ids, mean_scores, padded_left, score
 from qlora_train.model.skeleton import load_tokenizer
 from qlora_train.model.source import Source
 from tests.loading import tiny_base
 
 
-def question(prompt: str, reference: str = "", *, special: bool = False) -> Question:
-    return Question(where="f:1", asked=prompt, prompt=prompt, reference=reference, add_special_tokens=special)
+def question(prompt: str, reference: str = "", tokenizer: Any = None) -> Question:
+    ids = tuple(tokenizer(prompt)["input_ids"]) if tokenizer else ()
+    return Question(where="f:1", asked=prompt, prompt_ids=ids, reference=reference)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +79,7 @@ PROMPTS = (
 @pytest.mark.parametrize("training", [False, True])
 def test_answers_keep_their_order_whatever_the_batch_size(training: bool, tokenizer: Any, tiny_llama_dir: Path) -> None:
     model = tiny_base(tiny_llama_dir).model.train(training)
-    questions = [question(prompt) for prompt in PROMPTS]
+    questions = [question(prompt, tokenizer=tokenizer) for prompt in PROMPTS]
     runs = [answer(model, tokenizer, questions, max_new_tokens=6, batch_size=size) for size in (1, 4, 100)]
     for found in runs:
         assert [a.question for a in found] == questions
@@ -93,17 +94,12 @@ def test_answers_keep_their_order_whatever_the_batch_size(training: bool, tokeni
 
 def test_the_mode_is_restored_after_a_failure(tokenizer: Any, tiny_llama_dir: Path) -> None:
     model = tiny_base(tiny_llama_dir, quant_type="none").model.train()
-    with pytest.raises(AssertionError, match="share a batch"):
-        mixed = [question("a"), question("b", special=True)]
-        answer(model, tokenizer, mixed, max_new_tokens=1, batch_size=2)
+    with pytest.raises(IndexError):
+        answer(model, tokenizer, [Question("f:1", "a", (10**6,), "")], max_new_tokens=1, batch_size=2)
     assert model.training
 
 
-def test_prompts_are_padded_on_the_left_with_a_mask(tokenizer: Any) -> None:
-    side = tokenizer.padding_side
-    encoded = encode_prompts(tokenizer, [question(PROMPTS[0]), question("df")])
-    ids, mask = encoded["input_ids"], encoded["attention_mask"]
-    short = len(tokenizer("df", add_special_tokens=False)["input_ids"])
-    assert mask[1].tolist() == [0] * (ids.shape[1] - short) + [1] * short and bool(mask[0].all())
-    assert tokenizer.padding_side == side
-    assert tokenizer.decode(ids[1][mask[1].bool()]) == "df"
+def test_prompts_are_padded_on_the_left_with_a_mask() -> None:
+    inputs = padded_left([(5, 6, 7), (8,)], 2, "cpu")
+    assert inputs["input_ids"].tolist() == [[5, 6, 7], [2, 2, 8]]
+    assert inputs["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,16 @@ def test_equals_the_mean_by_hand_and_restores_the_mode(training: bool, tiny_llam
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_tokens_weigh_what_they_weigh_in_training(tiny_llama_dir: Path) -> None:
+    """A batch of weight 3 beside one of weight 1: not the mean over tokens, and the count of tokens stays."""
+    causal = CausalModel(tiny_base(tiny_llama_dir, quant_type="none").model)
+    heavy = replace(BATCHES[0], weights=torch.full((3, 9), 3.0) * (BATCHES[0].labels != IGNORE_INDEX))
+    first, second = (validate(causal, [one], CPU).loss_sum for one in BATCHES)
+    found = validate(causal, [heavy, BATCHES[1]], CPU)
+    assert found.loss == pytest.approx((3 * first + second) / (3 * 21 + 11), rel=1e-5)
+    assert (found.weight_sum, found.num_supervised_tokens) == (74.0, 32)
+
+
 def test_the_mode_is_restored_after_a_failure(tiny_llama_dir: Path) -> None:
     model = tiny_base(tiny_llama_dir, quant_type="none").model.train()
     outside = MicroBatch(torch.tensor([[1, 10**6]]), torch.tensor([[1, 2]]), 1, (0,), (2,))
@@ -65,5 +76,5 @@ def test_the_mode_is_restored_after_a_failure(tiny_llama_dir: Path) -> None:
 
 
 def test_a_loss_beyond_all_numbers_has_a_finite_perplexity() -> None:
-    assert math.isfinite(Validation(1e6, 1, 1).perplexity)
-    assert Validation(4.0, 2, 1).loss == 2.0
+    assert math.isfinite(Validation(1e6, 1.0, 1, 1).perplexity)
+    assert Validation(4.0, 2.0, 5, 1).loss == 2.0

@@ -14,12 +14,13 @@ from qlora_train.export.merge import ModuleRow
 from qlora_train.export.verify import Verdict
 from qlora_train.model.trained import FinishedRun
 from qlora_train.quant.fingerprint import BasePrint
-from qlora_train.recipe.schema import DataSection, ModelSection, QuantSection, Recipe, RunSection
+from qlora_train.recipe.schema import DataSection, ModelSection, QuantSection, Recipe, RunSection, SourceSection
 
 MERGED = Distance(1234, 500, 2.5e-6, 1e-4, 0.9987, 1.2345, 1.2346)
 OFF = Distance(1234, 500, 0.125, 2.0, 0.75, 1.2345, 3.5)
 VERDICT = Verdict("eval", 16, MERGED, OFF, 0.01)
-AUDIT = {"train": {"counts": {"kept": 8150}, "num_tokens": 123456, "num_supervised_tokens": 65432}}
+TRAIN = {"split": "train", "num_trained": 8150, "num_tokens": 123456, "num_supervised_tokens": 65432}
+AUDIT = {"splits": [TRAIN, {"split": "eval"}]}
 NASTY = "<img src=x onerror=alert(1)>`**b**`|[a](javascript:x)\n# title"
 
 
@@ -27,7 +28,7 @@ def run(path: str = "org/base-model", quant: QuantSection | None = None) -> Fini
     recipe = Recipe(
         model=ModelSection(path=path),
         quant=quant or QuantSection(),
-        data=DataSection(train=(Path("a.jsonl"),)),
+        data=DataSection(train=(SourceSection(path="a.jsonl"),)),
         run=RunSection(dir=Path("run")),
     )
     return FinishedRun(RunDir(Path("run")), recipe, BasePrint({}, {"quant_type": "nf4"}), commit=None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,19 @@ def test_positions_without_labels_take_no_part(tiny_llama_dir: Path) -> None:
         expected = F.cross_entropy(logits, targets, reduction="sum")
         torch.testing.assert_close(causal.loss_sum(one), expected, rtol=1e-5, atol=0)
     assert logits.dtype == torch.float32 and logits.shape == (16, SIZES["vocab_size"])
+
+
+def test_a_label_counts_as_often_as_it_weighs(tiny_llama_dir: Path) -> None:
+    causal = CausalModel(tiny_base(tiny_llama_dir, quant_type="none").model)
+    one = batch()
+    weights = torch.rand(3, 12, generator=torch.Generator().manual_seed(1))
+    weighted, ones = (replace(one, weights=w) for w in (weights, torch.ones(3, 12)))
+    with torch.no_grad():
+        logits = causal.model(input_ids=one.input_ids, use_cache=False).logits[:, :-1].float()
+        terms = F.cross_entropy(logits.transpose(1, 2), one.labels[:, 1:], ignore_index=IGNORE_INDEX, reduction="none")
+        expected = (terms * weights[:, 1:]).sum()
+        torch.testing.assert_close(causal.loss_sum(weighted), expected, rtol=1e-5, atol=0)
+        assert torch.equal(causal.loss_sum(ones), causal.loss_sum(one))
 
 
 def tiny(config: Any) -> Any:

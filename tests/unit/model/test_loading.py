@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from qlora_train.errors import MachineError
+from qlora_train.model.attention import ATTENTION_NAME
 from qlora_train.model.load import EAGER_CPU_TOKENS, Base, resolve_attention, resolve_device, to_float32
 from qlora_train.model.skeleton import head_name, linear_layers
 from qlora_train.quant.bnb import Linear4bit, dequantize, linear4bit_modules, packed_parts
@@ -27,13 +28,16 @@ OPTIONS: tuple[dict[str, Any], ...] = (
 )
 
 
-def test_auto_attention_is_eager_for_short_rows_on_a_cpu_only() -> None:
+def test_auto_attention_is_ours_for_packs_and_eager_for_short_rows_on_a_cpu() -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert resolve_attention("auto", cpu, EAGER_CPU_TOKENS) == "eager"
-    assert resolve_attention("auto", cpu, EAGER_CPU_TOKENS + 1) == "sdpa"
-    assert resolve_attention("auto", cuda, 8) == "sdpa"
+    assert resolve_attention("auto", cpu, EAGER_CPU_TOKENS, "shuffled") == "eager"
+    assert resolve_attention("auto", cpu, EAGER_CPU_TOKENS + 1, "shuffled") == "sdpa"
+    assert resolve_attention("auto", cuda, 8, "length_grouped") == "sdpa"
+    assert {resolve_attention("auto", device, n, "packed") for device in (cpu, cuda) for n in (8, 10**6)} == {
+        ATTENTION_NAME
+    }
     for name in ("sdpa", "eager"):
-        assert {resolve_attention(name, device, n) for device in (cpu, cuda) for n in (8, 10**6)} == {name}
+        assert {resolve_attention(name, device, n, "packed") for device in (cpu, cuda) for n in (8, 10**6)} == {name}
 
 
 def test_resolve_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,7 +66,7 @@ def only(text: str | bytes, *overrides: str) -> Problem:
 def test_a_small_recipe_loads_with_defaults(here: Path) -> None:
     loaded = load(GOOD)
     assert loaded.path == here / "r.yaml"
-    assert loaded.recipe.data.train == (here / "train.jsonl",)
+    assert [source.path for source in loaded.recipe.data.train] == [str(here / "train.jsonl")]
     assert loaded.recipe.run.dir == here / "out"
     assert loaded.recipe.model.path == "org/base"
     assert loaded.recipe.train.learning_rate == 2e-4
@@ -309,7 +309,8 @@ def test_overrides_win_and_relative_paths_start_at_the_current_folder(here: Path
     overrides = ["train.epochs=2", "data.eval=test.jsonl", "train.learning_rate=1e-4", "train.max_steps=null"]
     loaded = load_recipe(path, overrides)
     assert loaded.recipe.train.epochs == 2.0 and loaded.recipe.train.learning_rate == 1e-4
-    assert loaded.recipe.data.eval == (here / "test.jsonl",) and loaded.recipe.data.train == (here / "train.jsonl",)
+    assert [source.path for source in loaded.recipe.data.eval] == [str(here / "test.jsonl")]
+    assert [source.path for source in loaded.recipe.data.train] == [str(here / "train.jsonl")]
     assert loaded.recipe.run.dir == here / "sub" / "out"
     assert loaded.origins["train.epochs"] == "command line"
     assert loaded.origins["data.train"] == "sub/r.yaml:3"
@@ -388,7 +389,7 @@ def test_overrides_on_a_loaded_recipe_change_the_named_sections_only(here: Path)
     recipe = load(GOOD).recipe
     Path("train.jsonl").unlink()  # what the run was trained on may be gone
     changed = with_overrides(recipe, ["data.eval=test.jsonl", "eval.generate_rows=9"], ("data", "eval"))
-    assert changed.data.eval == (here / "test.jsonl",) and changed.eval.generate_rows == 9
+    assert changed.data.eval[0].path == str(here / "test.jsonl") and changed.eval.generate_rows == 9
     assert changed.data.train == recipe.data.train and changed.train == recipe.train
     assert with_overrides(recipe, [], ()) == recipe
     with pytest.raises(RecipeError) as caught:
@@ -439,5 +440,44 @@ def test_every_literal_of_the_schema_is_accepted(here: Path) -> None:
         fields = Recipe.model_fields[section].annotation.model_fields  # type: ignore[union-attr]
         for key in keys:
             for choice in (value for value in get_args(fields[key].annotation) if isinstance(value, str | int)):
-                loaded = load(GOOD, f"{section}.{key}={choice}")
+                others = ["data.batching=shuffled"] if key == "attn_implementation" else []
+                loaded = load(GOOD, f"{section}.{key}={choice}", *others)
                 assert getattr(getattr(loaded.recipe, section), key) == choice
+
+
+def test_a_source_is_a_path_or_a_mapping_and_keeps_its_own_settings(here: Path) -> None:
+    (here / "more.csv").write_text("question,answer\n", encoding="utf-8")
+    text = GOOD.replace(
+        "train: train.jsonl",
+        "train:\n    - train.jsonl\n"
+        "    - {path: more.csv, weight: 0.5, format: alpaca, columns: {instruction: question}}",
+    )
+    assert text != GOOD
+    first, second = load(text).recipe.data.train
+    assert (first.path, first.weight, first.format, first.columns) == (str(here / "train.jsonl"), 1.0, None, {})
+    assert (second.path, second.weight, second.format) == (str(here / "more.csv"), 0.5, "alpaca")
+    assert second.columns == {"instruction": "question"}
+
+
+@pytest.mark.parametrize(
+    ("entry", "what", "fix"),
+    [
+        ("{path: train.jsonl, wieght: 2}", "data.train[0].wieght: unknown key", "did you mean weight?"),
+        ("{path: train.jsonl, weight: 0}", "data.train[0].weight: 0 is out of range", "above 0"),
+        ("{path: train.jsonl, format: alpacca}", "data.train[0].format: alpacca is not", "did you mean alpaca?"),
+        ("{path: train.jsonl, columns: {a: 3}}", "data.train[0].columns.a: 3 is not", "string"),
+        ("{weight: 2}", "data.train[0]", "path"),
+        ("3", "data.train[0]: 3 is not a path", "path"),
+    ],
+)
+def test_a_wrong_source_is_named_with_its_place(here: Path, entry: str, what: str, fix: str) -> None:
+    problem = only(GOOD.replace("train: train.jsonl", f"train: [{entry}]"))
+    assert problem.what.startswith(what) and fix in problem.fix, problem
+    assert re.fullmatch(r"r\.yaml:3:\d+", problem.where or "")
+
+
+def test_a_hub_id_stays_as_it_is_and_a_percentage_is_a_share(here: Path) -> None:
+    data = load(GOOD, "data.train=owner/name", "data.split=5%").recipe.data
+    assert data.train[0].path == "owner/name" and data.split == 0.05
+    assert load(GOOD, "data.split=0.125").recipe.data.split == 0.125
+    assert only(GOOD, "data.split=105%").what.startswith("data.split")

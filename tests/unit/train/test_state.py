@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 
 from qlora_train.errors import ResumeError
-from qlora_train.recipe.schema import DataSection, ModelSection, Recipe, RunSection, TrainSection
+from qlora_train.recipe.schema import DataSection, ModelSection, Recipe, RunSection, SourceSection, TrainSection
 from qlora_train.train.state import NEUTRAL_KEYS, Binding, TrainState, trajectory_keys
 
 RECIPE = Recipe(
-    model=ModelSection(path="/models/tiny"), data=DataSection(train=(Path("a.jsonl"),)), run=RunSection(dir=Path("run"))
+    model=ModelSection(path="/models/tiny"),
+    data=DataSection(train=(SourceSection(path="a.jsonl"),)),
+    run=RunSection(dir=Path("run")),
 )
 ALL_KEYS = {
     f"{section}.{key}"
@@ -28,7 +30,7 @@ def test_neutral_keys_are_keys_of_a_recipe() -> None:
 
 
 def test_every_other_key_is_bound() -> None:
-    assert set(trajectory_keys(RECIPE)) == ALL_KEYS - NEUTRAL_KEYS
+    assert set(trajectory_keys(RECIPE)) == ALL_KEYS - NEUTRAL_KEYS | {"data.train.weight"}
     bound = {"train.learning_rate", "run.seed", "run.threads", "adapter.r", "quant.block_size", "data.seq_len"}
     assert bound <= set(trajectory_keys(RECIPE))
 
@@ -37,6 +39,16 @@ def test_a_changed_value_changes_its_key_only() -> None:
     changed = RECIPE.model_copy(update={"train": TrainSection(learning_rate=1.0, keep=9)})
     old, new = trajectory_keys(RECIPE), trajectory_keys(changed)
     assert [key for key in old if old[key] != new[key]] == ["train.learning_rate"]
+
+
+def test_the_weight_of_a_source_is_bound_and_its_path_is_not() -> None:
+    moved, weighted = (
+        RECIPE.model_copy(update={"data": DataSection(train=(source,))})
+        for source in (SourceSection(path="b.jsonl"), SourceSection(path="a.jsonl", weight=2.0))
+    )
+    assert trajectory_keys(moved) == trajectory_keys(RECIPE)
+    assert trajectory_keys(RECIPE)["data.train.weight"] == [1.0]
+    assert trajectory_keys(weighted)["data.train.weight"] == [2.0]
 
 
 def test_the_same_binding_is_accepted_after_json() -> None:
@@ -74,7 +86,7 @@ def test_an_empty_binding_is_refused() -> None:
 
 
 def test_the_counters_survive_a_round_trip() -> None:
-    state = TrainState(7, 1000, 300, 12.5, best_step=4, best_eval_loss=1.25)
+    state = TrainState(7, 56, 1000, 300, 12.5, best_step=4, best_eval_loss=1.25)
     assert TrainState.from_dict(json.loads(json.dumps(state.as_dict()))) == state
     assert TrainState.from_dict(TrainState().as_dict()) == TrainState()
 

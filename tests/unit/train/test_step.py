@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -88,7 +89,7 @@ def test_gradients_are_gone_after_the_step_and_tokens_are_counted() -> None:
     model = Linear(*DIRECTIONS)
     result = step(model, [batch(1, 2), batch(1, 3)], 0.0)
     assert all(p.grad is None for p in model.parameters)
-    assert (result.num_tokens, result.num_supervised_tokens) == (6, 5)
+    assert (result.num_rows, result.num_tokens, result.num_supervised_tokens) == (2, 6, 5)
 
 
 def test_micro_batches_weigh_by_their_supervised_tokens() -> None:
@@ -98,6 +99,16 @@ def test_micro_batches_weigh_by_their_supervised_tokens() -> None:
     loss = accumulate_gradients(model, [batch(1, 3), batch(5, 1)], engine, seed=0, step=0)  # type: ignore[arg-type]
     assert loss == pytest.approx(2 * per_token, rel=1e-6)
     assert torch.equal(model.parameters[0].grad, 2 * DIRECTIONS[0])  # type: ignore[arg-type]
+
+
+def test_tokens_count_as_often_as_they_weigh() -> None:
+    """Two tokens of weight 0.5 and one of weight 3, in one step: the sum is divided by 4, not by 3."""
+    model, engine = Linear(*DIRECTIONS), Engine()
+    light = replace(batch(1, 2), weights=torch.tensor([[0.0, 0.5, 0.5]]))
+    heavy = replace(batch(1, 1), weights=torch.tensor([[0.0, 3.0, 0.0]]))
+    assert (light.weight_sum, heavy.weight_sum, batch(1, 2).weight_sum) == (1.0, 3.0, 2.0)
+    accumulate_gradients(model, [light, heavy], engine, seed=0, step=0)  # type: ignore[arg-type]
+    assert torch.equal(model.parameters[0].grad, 3 * DIRECTIONS[0] / 4)  # type: ignore[arg-type]
 
 
 def test_dropout_is_seeded_by_seed_step_and_micro_step() -> None:

@@ -1,0 +1,53 @@
+"""Rows of a table read from their sources again: as they were written, or as tokens where none are kept on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from qlora_train.data.cache import CachedSource
+from qlora_train.data.encode import Encoder
+from qlora_train.data.formats import parse_row
+from qlora_train.data.problems import RowFault, SourceFault
+from qlora_train.data.rows import Row
+from qlora_train.data.table import Origin, TokenRow
+from qlora_train.data.template import Renderer
+from qlora_train.errors import DataError
+
+
+def read_rows(sources: Sequence[CachedSource], origins: Sequence[Origin]) -> list[Row]:
+    """Rows as they were written, in the order asked for. DataError where they are not there any more."""
+    rows: dict[int, Row] = {}
+    for index, cached in enumerate(sources):
+        mine = [i for i, origin in enumerate(origins) if origin.source == index]
+        try:
+            found = cached.source.fetch([origins[i].locator for i in mine]) if mine else []
+            for i, columns in zip(mine, found, strict=True):
+                where = cached.source.place(origins[i].number)
+                rows[i] = parse_row(where, columns, cached.facts.row_format, cached.reading.columns)
+        except (SourceFault, RowFault) as fault:
+            raise DataError(fault.what, fix=fault.fix, where=cached.source.name) from fault
+    return [rows[i] for i in range(len(origins))]
+
+
+class Reencoder:
+    """Makes the tokens of rows anew, for `data.streaming`. Its template's worker lives as long as it does."""
+
+    def __init__(self, sources: Sequence[CachedSource], tokenizer: PreTrainedTokenizerBase, loss_on: str) -> None:
+        self._sources, self._encoder = sources, Encoder(tokenizer)
+        self._renderer = Renderer(tokenizer, loss_on)
+
+    def __call__(self, origins: Sequence[Origin]) -> list[NDArray[np.int32]]:
+        """The ids of each row."""
+        rows = read_rows(self._sources, origins)
+        rendered = next(iter(self._renderer.render([rows])))
+        ids = []
+        for row, entry in zip(rows, rendered, strict=True):
+            tokens = entry if isinstance(entry, RowFault) else self._encoder.encode([entry])[0]
+            if not isinstance(tokens, TokenRow):
+                raise DataError(f"the row is not what it was: {tokens.what}", fix="start a new run", where=row.where)
+            ids.append(tokens.ids)
+        return ids

@@ -1,0 +1,126 @@
+"""Before training, on the user's own model: rows that are batched together give what each gives alone."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qlora_train.data.loader import MicroBatch, collate
+from qlora_train.data.table import TokenTable
+from qlora_train.errors import ModelError
+from qlora_train.model.causal import CausalModel
+
+MAX_ROWS = 4
+MAX_TOKENS = 1024  # some ten forward passes of at most so many: seconds on a CPU, for two rows that are not longer
+# Of the loss. The two paths add up in another order, and each sum is rounded anew: float32 (2^-24) stays below 1e-6 on
+# the models of the tests, bfloat16 (2^-9 a rounding) below 1e-3 on them and on SmolLM2. A row that reads its neighbour
+# differs in every logit after the first; that no bit of it changes is checked besides, without a tolerance.
+LOSS_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+@dataclass(frozen=True)
+class SelfCheck:
+    """What was measured. Changes are the largest of any hidden state."""
+
+    num_rows: int
+    num_tokens: int
+    loss_together: float  # summed, in nats
+    loss_alone: float
+    change_in_other_rows: float | None  # when a row's first token is replaced; None: not packed
+    change_in_the_row: float | None  # the smallest of all rows, as a control
+
+    def summary(self) -> str:
+        """One line for people."""
+        text = f"{self.num_rows} rows, {self.num_tokens} tokens: loss {self.loss_together:.6g} together"
+        text += f" and {self.loss_alone:.6g} alone"
+        if self.change_in_other_rows is not None:
+            text += f"; replacing a token changes other rows by {self.change_in_other_rows:g}"
+            text += f" and its own by {self.change_in_the_row:.3g}"
+        return text
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def selfcheck(
+    causal: CausalModel, table: TokenTable, pad_token_id: int, device: torch.device, *, packed: bool
+) -> SelfCheck:
+    """Compare a few of the shortest rows together, as training batches them, with each alone; else ModelError.
+
+    Packed: furthermore, replacing the first token of a row leaves every other row's hidden states the same to the bit;
+    with a mixture of experts, whose matmuls join the tokens of all rows by expert, the same up to rounding.
+    Runs in eval mode, draws no random number, and leaves the model in the mode it was in.
+    """
+    rows = _rows(table)
+    was_training = causal.model.training
+    causal.model.eval()
+    try:
+        together = collate(table, [rows] if packed else [[row] for row in rows], pad_token_id, packed=packed).to(device)
+        alone = sum(float(causal.loss_sum(collate(table, [[row]], pad_token_id).to(device))) for row in rows)
+        hidden = causal.hidden(together)
+        changes = _changes(causal, together, hidden) if packed else None
+        result = SelfCheck(
+            num_rows=len(rows),
+            num_tokens=together.num_tokens,
+            loss_together=float(causal.loss_sum(together)),
+            loss_alone=alone,
+            change_in_other_rows=None if changes is None else float(changes[:, 0].max()),
+            change_in_the_row=None if changes is None else float(changes[:, 1].min()),
+        )
+    finally:
+        causal.model.train(was_training)
+    tolerance = LOSS_TOLERANCE[hidden.dtype]
+    _judge(result, tolerance, tolerance if _has_experts(causal.decoder.config) else 0.0)
+    return result
+
+
+def _has_experts(config: Any) -> bool:
+    names = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+    return any(getattr(config.get_text_config(), name, None) for name in names)
+
+
+def _rows(table: TokenTable) -> list[int]:
+    """Two to four of the shortest rows that are supervised; a single one stands for two."""
+    supervised = np.flatnonzero(table.num_supervised)
+    shortest = supervised[np.argsort(table.lengths[supervised], kind="stable")][:MAX_ROWS]
+    fitting = max(2, int((np.cumsum(table.lengths[shortest], dtype=np.int64) <= MAX_TOKENS).sum()))
+    rows: list[int] = shortest[:fitting].tolist()
+    return rows if len(rows) > 1 else rows * 2
+
+
+def _changes(causal: CausalModel, batch: MicroBatch, before: Tensor) -> Tensor:
+    """(rows, 2): when a row's first token is replaced, the largest change in the other rows, and in the row itself."""
+    assert batch.row_starts is not None
+    spans = [slice(start, start + n) for start, n in zip(batch.row_starts, batch.row_lengths, strict=True)]
+    flat_before = before.flatten(0, 1).float()
+    changes = []
+    for index, span in enumerate(spans):
+        original = batch.input_ids[0, span.start].item()
+        batch.input_ids[0, span.start] = 0 if original else 1
+        difference = (causal.hidden(batch).flatten(0, 1).float() - flat_before).abs()
+        batch.input_ids[0, span.start] = original
+        others = torch.cat([difference[other] for at, other in enumerate(spans) if at != index])
+        changes.append(torch.stack([others.max(), difference[span].max()]))  # NaN goes through
+    return torch.stack(changes)
+
+
+def _judge(result: SelfCheck, tolerance: float, change_allowed: float) -> None:
+    """ModelError with the numbers when rows are not what they are alone. NaN is a difference."""
+    error = abs(result.loss_together - result.loss_alone) / max(abs(result.loss_alone), 1e-6)
+    what = ""
+    if not error <= tolerance:
+        what = f"their loss differs by {error:.2g} of itself (at most {tolerance:g})"
+    elif result.change_in_other_rows is not None and not result.change_in_other_rows <= change_allowed:
+        what = f"replacing a token changes other rows by {result.change_in_other_rows:g}"
+    elif result.change_in_the_row is not None and not result.change_in_the_row > 0:
+        what = "replacing a token does not even change its own row"
+    if what:
+        packed = result.change_in_other_rows is not None
+        fix = "set data.batching: length_grouped" if packed else "set train.micro_batch_size: 1"
+        raise ModelError(f"rows together are not what they are alone: {what}. {result.summary()}", fix=fix)
