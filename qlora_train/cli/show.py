@@ -112,7 +112,7 @@ def _audit(audit: Audit) -> None:
     if audit.num_plain_specials:
         _console.print(Text(f"  {audit.num_plain_specials:,} special tokens written in content are encoded as text"))
     if audit.num_control_specials:
-        what = "special tokens written in answers or verbatim text are control tokens"
+        what = "special tokens written in verbatim rows are control tokens"
         _console.print(Text(f"  {audit.num_control_specials:,} {what}"))
     if audit.num_context_turns:
         what = "earlier answers are not trained: the chat template drops their reasoning"
@@ -205,6 +205,8 @@ def exported(result: ExportResult) -> None:
             f"{verdict.num_rows} {verdict.split} rows"
         )
     )
+    what = "golden prompts: the exported tokenizer gives them the token ids of training"
+    _console.print(Text(f"{result.num_golden_prompts} {what}"))
     _console.print(
         Text(f"{result.num_modules} layers merged, {result.num_bytes / 2**20:,.0f} MiB: {result.folder}"),
         soft_wrap=True,

@@ -31,19 +31,19 @@ def any_of(literals: Iterable[str]) -> re.Pattern[str]:
 
 
 class SpecialText:
-    """Marks special-token text in what others than the assistant say, so that it can be encoded as text.
+    """Marks special-token text in a conversation, so that it can be encoded as text.
 
     Which tokens: those that `apply_chat_template(sanitize_control_tokens=True)` of transformers takes, the special ones
-    and added ones that the template itself writes, as <tool_call>. `literals` is the template's literal text.
+    and added ones that the template itself writes, as <tool_call>. In answers the special ones only: an answer may call
+    a tool or think in so many words. `literals` is the template's literal text.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, literals: str) -> None:
         special = special_tokens(tokenizer)
         added = (token.content for token in tokenizer.added_tokens_decoder.values())
         control = {*special, *(text for text in added if text in literals and not text.isspace())}
-        self._control = any_of(control)
+        self._control, self._special = any_of(control), any_of(special)
         self._marked = re.compile(f"{_OPEN}({self._control.pattern}){_CLOSE}|[{_OPEN}{_CLOSE}]")
-        self._special_in_json = any_of(map(_in_json, special))
         self._any_in_json = any_of([*map(_in_json, control), _OPEN, _CLOSE])
 
     def stands_in(self, row_in_json: str) -> bool:
@@ -54,17 +54,14 @@ class SpecialText:
             raise RowFault("the row holds U+FDD0 or U+FDD1, which are no characters", "take them out of its text")
         return True
 
-    def mark(self, row: MessagesRow) -> tuple[MessagesRow, int]:
-        """The row with marks, and how much special-token text stays special because the assistant says it."""
-        num_control = 0
+    def mark(self, row: MessagesRow) -> MessagesRow:
+        """The row with marks around the text that is to stay text."""
         messages: list[Message] = []
         for message in row.messages:
-            if message["role"] == "assistant":
-                num_control += len(self._special_in_json.findall(to_json(message)))
-                messages.append(message)
-            else:
-                messages.append({key: text if key == "role" else self._mark(text) for key, text in message.items()})
-        return MessagesRow(row.where, tuple(messages), tuple(self._mark(row.tools)), row.weights), num_control
+            literals = self._special if message["role"] == "assistant" else self._control
+            marked = {key: text if key == "role" else _mark(text, literals) for key, text in message.items()}
+            messages.append(marked)
+        return MessagesRow(row.where, tuple(messages), tuple(_mark(row.tools, self._control)), row.weights)
 
     def unmark(self, text: str) -> tuple[str, tuple[tuple[int, int], ...]]:
         """A rendering without the marks, and where the text between them stands in that."""
@@ -83,14 +80,16 @@ class SpecialText:
             places.append((start, length))
         return "".join([*pieces, text[at:]]), tuple(places)
 
-    def _mark(self, value: Any) -> Any:
-        if isinstance(value, str):
-            return self._control.sub(rf"{_OPEN}\g<0>{_CLOSE}", value)
-        if isinstance(value, Mapping):
-            return {key: self._mark(entry) for key, entry in value.items()}
-        if isinstance(value, list | tuple):
-            return [self._mark(entry) for entry in value]
-        return value
+
+def _mark(value: Any, literals: re.Pattern[str]) -> Any:
+    """Plain data with marks around the literals in its texts."""
+    if isinstance(value, str):
+        return literals.sub(rf"{_OPEN}\g<0>{_CLOSE}", value)
+    if isinstance(value, Mapping):
+        return {key: _mark(entry, literals) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_mark(entry, literals) for entry in value]
+    return value
 
 
 def without_marks(marked: str, position: int) -> int:

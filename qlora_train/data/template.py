@@ -22,7 +22,7 @@ class Rendered(NamedTuple):
     spans: tuple[Span, ...]
     add_special_tokens: bool  # whether the tokenizer is to add its own (BOS); a chat template has written them
     plain: tuple[tuple[int, int], ...] = ()  # special-token text that is to be encoded as text
-    num_control_specials: int = 0  # special-token text in the row's own words that stays special
+    num_control_specials: int = 0  # special-token text in a verbatim row, which stays special
     num_context_turns: int = 0  # earlier answers whose reasoning the template drops: they are not trained
 
     @property
@@ -39,8 +39,7 @@ class _Asked(NamedTuple):
     cuts: tuple[tuple[int, bool], ...]  # the renderings: of how many messages, and whether a generation prompt follows
     turns: tuple[tuple[int, float], ...]  # answers to find in the first, with their weights
     everything: bool  # whether the text between them is trained too
-    marked: bool  # whether it holds special-token text
-    num_control_specials: int
+    marked: bool  # whether it may hold special-token text
 
 
 class _Batch(NamedTuple):
@@ -236,13 +235,12 @@ class Renderer:
         everything: bool = False,
     ) -> _Asked:
         templates = self._started(row.where)
-        content, num_control = _content(row), 0
+        content = _content(row)
         marked = templates.special_text.stands_in(content)
         if marked:
-            row, num_control = templates.special_text.mark(row)
-            content = _content(row)
+            content = _content(templates.special_text.mark(row))
         request = f"[{templates.index(row)},{content},{to_json(cuts)}]"
-        return _Asked(row, request, cuts, turns, everything, marked, num_control)
+        return _Asked(row, request, cuts, turns, everything, marked)
 
     def _started(self, where: str) -> _Templates:
         if self._templates is None:
@@ -277,7 +275,7 @@ class Renderer:
             spans = [span if weight == 1 else span._replace(weight=weight) for span, weight in weighted]
             if asked.everything:
                 spans = _with_rest(spans, len(whole), num_context)
-        return Rendered(whole, tuple(spans), False, plain, asked.num_control_specials, num_context)
+        return Rendered(whole, tuple(spans), False, plain, num_context_turns=num_context)
 
     def _unmarked(self, beginning: Beginning, whole: str) -> Beginning:
         assert self._templates is not None

@@ -77,7 +77,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
 model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER", dtype="auto")
 ```
-`export.json` holds these figures and a row for every merged weight.
+`export.json` holds these figures and a row for every merged weight. `golden_prompts.json` holds prompts with the token
+ids that training gave them, and that this tokenizer gives them too: hold your server against it.
 """
 
 

@@ -36,8 +36,8 @@ Golden = dict[str, Any]
 def golden_prompts(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Golden]:
     """Prompts as training sees them: those of the first rows and the rows whole, and some that are easily got wrong.
 
-    Left out is what the chat template refuses, as a system prompt in some, and a conversation in which both the
-    assistant and others write special-token text, which no switch of transformers tells apart.
+    Left out is what the chat template refuses, as a system prompt in some, and a conversation with special-token text
+    in which an answer writes tokens such as <think>: no switch of transformers tells the two apart.
     """
     encoder = Encoder(tokenizer)
     golden: list[Golden] = []
@@ -45,7 +45,7 @@ def golden_prompts(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> l
         for row in [*rows[:MAX_ROWS], *(_built_in(tokenizer) if tokenizer.chat_template else ())]:
             for prompt in _prompts_of(row):
                 try:
-                    golden += _golden(prompt, renderer, encoder)
+                    golden += _golden(prompt, renderer, encoder, tokenizer)
                 except RowFault:
                     continue
     return golden
@@ -103,7 +103,9 @@ def _prompts_of(row: Row) -> list[tuple[MessagesRow | str, bool]]:
     return [(replace(row, messages=row.messages[:-1]), True), (row, False)]
 
 
-def _golden(prompt: tuple[MessagesRow | str, bool], renderer: Renderer, encoder: Encoder) -> list[Golden]:
+def _golden(
+    prompt: tuple[MessagesRow | str, bool], renderer: Renderer, encoder: Encoder, tokenizer: PreTrainedTokenizerBase
+) -> list[Golden]:
     """A prompt as it is stored; nothing if it cannot be compared."""
     given, is_prompt = prompt
     if isinstance(given, str):
@@ -111,7 +113,7 @@ def _golden(prompt: tuple[MessagesRow | str, bool], renderer: Renderer, encoder:
         special: Golden = {"add_special_tokens": rendered.add_special_tokens}
     else:
         rendered = renderer.prompt(given.messages, given.tools) if is_prompt else renderer.render_one(given)
-        if rendered.plain and rendered.num_control_specials:
+        if rendered.plain and _writes_added_tokens(given, tokenizer):
             return []
         special = {
             "messages": [dict(message) for message in given.messages],
@@ -120,6 +122,13 @@ def _golden(prompt: tuple[MessagesRow | str, bool], renderer: Renderer, encoder:
             "special_text": bool(rendered.plain),
         }
     return [{**special, "text": rendered.text, "ids": encoder.ids(rendered)}]
+
+
+def _writes_added_tokens(row: MessagesRow, tokenizer: Any) -> bool:
+    """Whether an answer holds the text of a token that is added but not special."""
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if not token.special]
+    answers = [json.dumps(message, ensure_ascii=False) for message in row.messages if message["role"] == "assistant"]
+    return any(text in answer for text in added for answer in answers)
 
 
 def _served(prompt: Golden, tokenizer: Any) -> list[int]:

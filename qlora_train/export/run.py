@@ -12,6 +12,7 @@ from qlora_train.artifacts import publishing, read_json
 from qlora_train.errors import MachineError, ModelError, RecipeError
 from qlora_train.export.card import figures, model_card
 from qlora_train.export.merge import merge_to
+from qlora_train.export.parity import MAX_ROWS, check_parity, golden_prompts, write_golden
 from qlora_train.export.verify import Verdict, rows_to_verify, verify
 from qlora_train.model.load import memory_advice, with_end_tokens
 from qlora_train.model.source import Source
@@ -27,6 +28,7 @@ class ExportResult:
     verdict: Verdict
     num_modules: int
     num_bytes: int
+    num_golden_prompts: int  # that the exported tokenizer turns into the ids of training
 
 
 def run_export(run: FinishedRun, target: Path) -> ExportResult:
@@ -42,7 +44,10 @@ def run_export(run: FinishedRun, target: Path) -> ExportResult:
         rows = merge_to(folder, run, source)
         _write_configs(folder, run.recipe, source, audit["end_token_ids"])
         tokenizer.save_pretrained(str(folder))
-        verdict = verify(run, folder, held_out)
+        golden = golden_prompts(held_out.read(range(min(MAX_ROWS, held_out.table.num_rows))), tokenizer)
+        write_golden(folder, golden)
+        check_parity(folder, golden)
+        verdict = verify(run, folder, held_out, tokenizer.pad_token_id)
         if not verdict.accepted:
             raise ModelError(
                 f"the merged model is not the trained one: KL {verdict.merged.mean_kl:.3g} nats per token is "
@@ -52,7 +57,7 @@ def run_export(run: FinishedRun, target: Path) -> ExportResult:
         (folder / "README.md").write_text(model_card(target.name, run, verdict, audit), encoding="utf-8")
         (folder / "export.json").write_text(json.dumps(figures(run, verdict, rows), indent=1), encoding="utf-8")
     num_bytes = sum(path.stat().st_size for path in target.iterdir())
-    return ExportResult(target, verdict, len(rows), num_bytes)
+    return ExportResult(target, verdict, len(rows), num_bytes, len(golden))
 
 
 def _check_disk(run: FinishedRun, target: Path) -> None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import gc
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
-from qlora_train.data.loader import MicroBatch, eval_batches
-from qlora_train.data.split import holds_out, load_split
+from qlora_train.data.fates import Side
+from qlora_train.data.loader import eval_batches
+from qlora_train.data.split import Split, holds_out, load_split
 from qlora_train.errors import ModelError
 from qlora_train.evaluate.compare import Distance, distance, observe
 from qlora_train.model.causal import CausalModel
@@ -61,22 +62,21 @@ def load_merged(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     return model
 
 
-def rows_to_verify(run: FinishedRun, tokenizer: Any) -> tuple[str, list[MicroBatch]]:
+def rows_to_verify(run: FinishedRun, tokenizer: Any) -> Split:
     """The first `export.verify_rows` held-out rows; training rows where the recipe names no others."""
     recipe = run.recipe
-    split: Literal["eval", "train"] = "eval" if holds_out(recipe.data) else "train"
+    side: Side = "eval" if holds_out(recipe.data) else "train"
     limits = {"max_eval_rows": recipe.export.verify_rows, "max_train_rows": recipe.export.verify_rows}
-    table = load_split(recipe.data.model_copy(update=limits), split, tokenizer, recipe.run.seed).table
-    return split, list(eval_batches(table, recipe.eval.batch_size, tokenizer.pad_token_id))
+    return load_split(recipe.data.model_copy(update=limits), side, tokenizer, recipe.run.seed)
 
 
-def verify(run: FinishedRun, merged_folder: Path, held_out: tuple[str, list[MicroBatch]]) -> Verdict:
+def verify(run: FinishedRun, merged_folder: Path, split: Split, pad_token_id: int) -> Verdict:
     """Run the trained model and then the merged one, both in float32, over the same rows.
 
     Memory: one of the two models at a time, and the hidden states of the rows. The merged model goes to the host where
     its float32 copy does not fit on the CUDA device.
     """
-    split, batches = held_out
+    batches = list(eval_batches(split.table, run.recipe.eval.batch_size, pad_token_id))
     trained = load_trained(run)
     device = trained.base.device
     to_float32(trained.model)
@@ -95,7 +95,7 @@ def verify(run: FinishedRun, merged_folder: Path, held_out: tuple[str, list[Micr
     to_float32(model)
     merged = observe(CausalModel(model), batches, device)
     return Verdict(
-        split,
+        split.side,
         sum(len(batch.row_ids) for batch in batches),
         distance(reference, merged),
         distance(reference, off),

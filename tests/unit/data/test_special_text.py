@@ -1,4 +1,4 @@
-"""Special-token text that others than the assistant write is text, and everything else is encoded as it always was."""
+"""Special-token text that anyone writes in a conversation is text, and everything else is encoded as it always was."""
 
 from __future__ import annotations
 
@@ -46,10 +46,28 @@ def test_special_text_of_users_is_text(tokenizer: PreTrainedTokenizerFast) -> No
     ]
 
 
+def test_special_text_of_answers_is_text_and_trained(tokenizer: PreTrainedTokenizerFast) -> None:
+    rendered = render(tokenizer, MessagesRow("a:1", (said("user", "list"), said("assistant", f"the {E} files"))))
+    (row,) = Encoder(tokenizer).encode([rendered])
+    assert isinstance(row, TokenRow)
+    trained = tokenizer.convert_ids_to_tokens(row.ids[row.span_starts[0] : row.span_stops[0]].tolist())
+    assert trained == ["the", "Ġ", *AS_TEXT, "Ġfiles", E]
+
+
+def test_answers_may_write_the_added_tokens_of_the_template(build_tokenizer: Build) -> None:
+    """A call or a thought in so many words: the tokens are not special, and the template writes them too."""
+    tokenizer = build_tokenizer()
+    tokenizer.add_tokens(["<call>"])
+    tokenizer.chat_template += "{% if false %}<call>{% endif %}"
+    rendered = render(tokenizer, MessagesRow("a:1", (said("user", "<call>"), said("assistant", "<call> ls"))))
+    (row,) = Encoder(tokenizer).encode([rendered])
+    assert isinstance(row, TokenRow) and row.ids.tolist().count(tokenizer.convert_tokens_to_ids("<call>")) == 1
+
+
 def test_counts(tokenizer: PreTrainedTokenizerFast) -> None:
     rendered = render(tokenizer, MessagesRow("a:1", (said("user", f"{E}{S}"), said("assistant", f"a{E}b{S}c{E}d"))))
-    assert (rendered.num_plain_specials, rendered.num_control_specials) == (2, 3)
-    assert [rendered.text[start:stop] for start, stop in rendered.plain] == [E, S]
+    assert (rendered.num_plain_specials, rendered.num_control_specials) == (5, 0)
+    assert [rendered.text[start:stop] for start, stop in rendered.plain] == [E, S, E, S, E]
     plain = render(tokenizer, MessagesRow("a:1", (said("user", "a"), said("assistant", "b"))))
     assert (plain.num_plain_specials, plain.num_control_specials) == (0, 0)
 

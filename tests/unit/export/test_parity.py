@@ -76,10 +76,10 @@ def test_answers_that_write_special_tokens(tokenizer: Any, saved: Callable[[], P
     answer = {"role": "assistant", "content": f"It is {E}."}
     alone = MessagesRow("a:1", (CHAT.messages[0], answer))
     both = MessagesRow("a:1", ({"role": "user", "content": f"What is {E}?"}, answer))
-    assert len(golden_prompts([alone], tokenizer)) == 2 + 6
-    golden = golden_prompts([both], tokenizer)
-    assert len(golden) == 1 + 6  # only the prompt: nothing tells transformers to read the answer otherwise
-    check_parity(saved(), [*golden, *golden_prompts([alone], tokenizer)])
+    for row in (alone, both):
+        golden = golden_prompts([row], tokenizer)
+        assert len(golden) == 2 + 6
+        check_parity(saved(), golden)
 
 
 @pytest.mark.parametrize(
