@@ -38,7 +38,7 @@ test-all: $(SYNCED)  ## Static checks, then every test
 check: $(SYNCED)  ## The quick gate, under two minutes: ruff, mypy, unit and structure tests
 	$(PYTHON) tools/check.py
 
-bench: $(SYNCED)  ## Training speed on the quickstart's rows, with both kinds of attention
+bench: $(SYNCED)  ## Training speed on the quickstart's rows, packed and padded
 	$(PYTHON) tools/bench.py
 
 prove: $(SYNCED)  ## Show a claim with figures: make prove WHAT=merge [FULL=1] [JSON=file]

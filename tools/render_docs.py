@@ -52,17 +52,17 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if value == round(value) or abs(value) >= 1000 else f"{value:.4g}"
 
 
-def main_job() -> str:
-    """All figures of the main job, with the machine and versions they were measured on."""
-    report = load_figures("main-job")
+def figures_table(name: str) -> str:
+    """All figures of a proof, with the machine and versions they were measured on."""
+    report = load_figures(name)
     lines = ["| What | Measured | Bar |", "|---|---|---|"]
     for figure in report["figures"]:
         bar = f"at most {number(figure['at_most'])}" if figure["at_most"] is not None else ""
         bar = f"at least {number(figure['at_least'])}" if figure["at_least"] is not None else bar
         lines.append(f"| {figure['what']} | {number(figure['value'])} {figure['unit']} | {bar} |".replace("  |", " |"))
     machine = report["machine"]
-    names = ("torch", "transformers", "bitsandbytes", "peft", "accelerate")
-    versions = ", ".join(f"{name} {machine['versions'][name]}" for name in names)
+    names = ("torch", "transformers", "bitsandbytes", "peft", "accelerate", "tokenizers", "pyarrow")
+    versions = ", ".join(f"{name} {machine['versions'][name]}" for name in names if name in machine["versions"])
     where = f"{machine['cpu_count']} CPU cores ({machine['cpu_capability']}), no GPU, Python {machine['python']}"
     return "\n".join([*lines, "", f"Measured on {where}; {versions}."])
 
@@ -82,7 +82,12 @@ def quickstart() -> str:
     return "\n".join(lines)
 
 
-PARTS = {"tree": tree, "figures:main-job": main_job, "figures:quickstart": quickstart}
+PARTS = {
+    "tree": tree,
+    "figures:main-job": lambda: figures_table("main-job"),
+    "figures:data": lambda: figures_table("data"),
+    "figures:quickstart": quickstart,
+}
 
 
 def render(text: str) -> str:
@@ -90,8 +95,9 @@ def render(text: str) -> str:
     for name, make in PARTS.items():
         start, end = f"<!-- {name} -->", f"<!-- end {name} -->"
         pattern = re.escape(start) + r"(?:.*?" + re.escape(end) + ")?"
-        part = f"{start}\n{make()}\n{end}".replace("\\", "\\\\")
-        text = re.sub(pattern, part, text, count=1, flags=re.DOTALL)
+        if start in text:
+            part = f"{start}\n{make()}\n{end}".replace("\\", "\\\\")
+            text = re.sub(pattern, part, text, count=1, flags=re.DOTALL)
     return text
 
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from qlora_train.artifacts import RunDir, explained, write_file, write_json
 from qlora_train.data.audit import Audit
 from qlora_train.data.duplicates import (
+    MAX_ROWS,
     ExactDuplicates,
     NearDuplicates,
     Overlap,
@@ -27,6 +28,9 @@ from qlora_train.recipe.schema import Recipe
 
 # A lone surrogate of a rejected row cannot be UTF-8; as an escape it is what the file held.
 _JSON_LINES: Any = {"encoding": "utf-8", "errors": "backslashreplace"}
+
+
+STREAMED_SAMPLE = 20_000  # rows of which near-duplicates are looked for where each has to be tokenised anew
 
 
 @dataclass(frozen=True)
@@ -133,7 +137,7 @@ def _split_account(recipe: Recipe, split: Split, tokenizer: PreTrainedTokenizerB
     return SplitAccount(
         audit=split.audit,
         duplicates=find_exact(table.column("content_hash"), table.where),
-        near_duplicates=near_duplicates(table),
+        near_duplicates=near_duplicates(table, STREAMED_SAMPLE if recipe.data.streaming else MAX_ROWS),
         histogram=length_histogram(split.lengths_as_read(), recipe.data.seq_len),
         rows=tuple(rows_to_look_at(table, tokenizer, recipe.run.seed)),
     )

@@ -99,7 +99,9 @@ class Audit:
         others = [f"{self.counts[fate]:,} {fate.replace('_', ' ')}" for fate in FATES[1:] if self.counts[fate]]
         rows = f"{self.num_trained:,} of {self.num_rows:,} rows" + (f" ({', '.join(others)})" if others else "")
         lost = f", {self.lost_token_frac:.1%} of the tokens lost" if self.num_lost_tokens else ""
-        return f"{self.split}: {rows}, {self.num_tokens:,} tokens, {self.num_supervised_tokens:,} supervised{lost}"
+        formats = "format " + ", ".join(dict.fromkeys(source.format for source in self.sources))
+        tokens = f"{self.num_tokens:,} tokens, {self.num_supervised_tokens:,} supervised"
+        return f"{self.split}: {rows}, {tokens}{lost}; {formats}"
 
 
 def losses(reasons: Iterable[Reason]) -> list[Reason]:

@@ -16,13 +16,14 @@ from qlora_train.data.encode import Encoder
 from qlora_train.data.formats import detect, parse_row
 from qlora_train.data.hashing import hashes
 from qlora_train.data.problems import RowFault, TemplateFault
-from qlora_train.data.rows import Row
+from qlora_train.data.rows import Row, size_of
 from qlora_train.data.sources.base import RawRow, Source
 from qlora_train.data.table import TokenRow, digest_rows, record_batch
 from qlora_train.data.template import Rendered, Renderer
 
 TOKENS, FAULTS, FACTS = "tokens.arrow", "faults.jsonl", "facts.json"
-_BATCH_ROWS = 256  # per call of the tokenizer: enough for its threads, and a bound on what its Python lists hold
+# Per call of the tokenizer: enough for its threads, and a bound on what its Python lists hold.
+_BATCH_ROWS, _BATCH_CHARS = 256, 2**20
 _CHUNK_ROWS, _CHUNK_TOKENS = 4096, 2**22  # of one batch of the Arrow file: what is held before it is written
 # Tokenising takes some 150 bytes a character: a row that cannot fit in any case is not worth gigabytes.
 LEAST_CHARS_LIMIT = 2**20
@@ -137,6 +138,7 @@ def _parsed(
 ) -> Iterator[list[Row]]:
     """Batches of rows; what belongs to each batch waits in `waiting` until it comes back rendered."""
     batch: list[_Pending] = []
+    num_chars = 0
     for raw in source.read(note):
         try:
             facts.row_format = facts.row_format or detect(raw.columns, reading.columns) or ""
@@ -145,10 +147,11 @@ def _parsed(
             note(raw.number, fault, _shown(raw))
             continue
         batch.append(_Pending(raw, row))
-        if len(batch) == _BATCH_ROWS:
+        num_chars += size_of(row)
+        if len(batch) == _BATCH_ROWS or num_chars >= _BATCH_CHARS:
             waiting.append(batch)
             yield [pending.row for pending in batch]
-            batch = []
+            batch, num_chars = [], 0
     if batch:
         waiting.append(batch)
         yield [pending.row for pending in batch]

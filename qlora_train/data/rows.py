@@ -40,3 +40,10 @@ class TextRow:
 
 
 Row = MessagesRow | PromptCompletionRow | TextRow
+
+
+def size_of(row: Row) -> int:
+    """Characters of a row, about: what it takes to hold it."""
+    if isinstance(row, MessagesRow):
+        return sum(len(message.get("content") or "") for message in row.messages)
+    return len(row.prompt) + len(row.completion) if isinstance(row, PromptCompletionRow) else len(row.text)

@@ -25,6 +25,7 @@ from qlora_train.errors import DataError, ModelError
 from qlora_train.recipe.schema import DataSection, Recipe, SourceSection
 
 _EXAMPLES = 3
+_ROWS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,9 +89,12 @@ class Split:
 
     def listed(self) -> Iterator[tuple[str, Fate, str]]:
         """Place, fate and reason of each row that is not trained on whole."""
-        for index in np.flatnonzero((self.fates != CODE["kept"]) & (self.fates != ELSEWHERE)).tolist():
-            fate = FATES[self.fates[index]]
-            yield self.whole.where(index), fate, self._reason(index, fate)
+        others = np.flatnonzero((self.fates != CODE["kept"]) & (self.fates != ELSEWHERE)).tolist()
+        for first in range(0, len(others), _ROWS_AT_ONCE):
+            indices = others[first : first + _ROWS_AT_ONCE]
+            for index, where in zip(indices, self.whole.places(indices), strict=True):
+                fate = FATES[self.fates[index]]
+                yield where, fate, self._reason(index, fate)
         for where, fate, fault in self._faults():
             yield where, fate, fault["what"]
 

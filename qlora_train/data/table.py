@@ -139,8 +139,11 @@ class TokenTable:
 
     def where(self, index: int) -> str:
         """The row's place, `path:line`."""
-        origin = self.origins([index])[0]
-        return self._places[origin.source](origin.number)
+        return self.places([index])[0]
+
+    def places(self, indices: Sequence[int]) -> list[str]:
+        """The places of rows."""
+        return [self._places[origin.source](origin.number) for origin in self.origins(indices)]
 
     def origins(self, indices: Sequence[int]) -> list[Origin]:
         """Where the rows at these indices come from."""

@@ -232,3 +232,23 @@ def test_the_account_is_written_as_json_and_as_a_page(tmp_path: Path, tiny_llama
     page = (tmp_path / "run" / "audit.html").read_text()
     assert page.lower().startswith("<!doctype html>") and "http" not in page.lower().replace("http-equiv", "")
     assert run_cli("train", tmp_path / "recipe.yaml", "train.max_steps=1", "eval.generate_rows=0").code == 0
+
+
+def test_the_weight_of_a_source_is_how_often_it_is_seen(tmp_path: Path, tiny_llama_dir: Path) -> None:
+    steps = []
+    for weight in (1, 2, 0.5):
+        recipe = write_recipe(tmp_path, tiny_llama_dir, data__train=[{"path": "train.jsonl", "weight": weight}])
+        outcome = run_cli("data", recipe, "data.batching=shuffled", "train.grad_accum_steps=1", "--json")
+        assert outcome.code == 0, outcome.err
+        steps.append(json.loads(outcome.out)["account"]["batching"]["num_steps"])
+    assert steps == [20, 40, 10]
+
+
+def test_streaming_trains_what_the_cache_trains(tmp_path: Path, tiny_llama_dir: Path) -> None:
+    losses = []
+    for streaming in (True, False):
+        recipe = write_recipe(tmp_path, tiny_llama_dir, data__streaming=streaming, run__dir=f"run-{streaming}")
+        outcome = run_cli("train", recipe, "train.max_steps=2", "eval.generate_rows=0", "--json")
+        assert outcome.code == 0, outcome.err
+        losses.append(json.loads(outcome.out)["adapter"]["loss"])
+    assert losses[0] == losses[1]

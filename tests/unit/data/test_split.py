@@ -1,0 +1,215 @@
+"""From sources to a split: the cache and its key, streaming, mixtures, and the account of every row."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from qlora_train.data import build as build_module
+from qlora_train.data import cache as cache_module
+from qlora_train.data.rows import MessagesRow, TextRow
+from qlora_train.data.split import Split, load_split
+from qlora_train.errors import DataError
+from qlora_train.recipe.schema import DataSection, SourceSection
+
+Tokenizer = PreTrainedTokenizerFast
+
+
+@pytest.fixture(autouse=True)
+def empty_cache(own_cache: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("QLORA_TRAIN_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "data"
+
+
+def texts(path: Path, *lines: str) -> Path:
+    path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def section(*paths: Path, **changes: Any) -> DataSection:
+    return DataSection(train=tuple(SourceSection(path=str(path)) for path in paths), **changes)
+
+
+def load(tokenizer: Tokenizer, *paths: Path, **changes: Any) -> Split:
+    return load_split(section(*paths, **changes), "train", tokenizer, 0)
+
+
+@pytest.fixture
+def builds(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the sources that were tokenised, in order."""
+    made: list[str] = []
+    original = cache_module.build
+
+    def counted(source: Any, *rest: Any) -> Any:
+        made.append(Path(source.name).name)
+        return original(source, *rest)
+
+    monkeypatch.setattr(cache_module, "build", counted)
+    return made
+
+
+def test_a_second_look_finds_the_tokens_in_the_cache(tokenizer: Tokenizer, tmp_path: Path, builds: list[str]) -> None:
+    path = texts(tmp_path / "a.jsonl", "list files", "ls")
+    first, second = load(tokenizer, path), load(tokenizer, path)
+    assert builds == ["a.jsonl"] and first.table.fingerprint() == second.table.fingerprint()
+    assert [row.ids.tolist() for row in second.table.rows([0, 1])] == [
+        row.ids.tolist() for row in first.table.rows([0, 1])
+    ]
+    moved = path.rename(tmp_path / "b.jsonl")
+    found = load(tokenizer, moved)
+    assert builds == ["a.jsonl"] and found.table.where(1) == f"{moved}:2", "the content counts, not its place"
+
+
+def test_what_decides_the_tokens_decides_the_key(
+    build_tokenizer: Callable[..., Tokenizer], tmp_path: Path, builds: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = texts(tmp_path / "a.jsonl", "list files", "ls")
+    tokenizer = build_tokenizer()
+    load(tokenizer, path)
+    for changes in ({"loss_on": "all"}, {"format": "text"}, {"columns": {"text": "text"}}, {"streaming": True}):
+        load(tokenizer, path, **changes)
+    assert len(builds) == 5
+    load(tokenizer, path, seq_len=64, max_train_rows=1, bad_rows="skip", overlong="cut")
+    assert len(builds) == 5, "what is chosen afterwards does not tokenise anew"
+    other = build_tokenizer()
+    other.chat_template += " "
+    load(other, path)
+    path.write_text(path.read_text() + '{"text": "the"}\n')
+    load(tokenizer, path)
+    monkeypatch.setattr(cache_module, "code_sha256", lambda part: "other code")
+    load(tokenizer, path)
+    assert len(builds) == 8
+
+
+def test_a_damaged_cache_is_made_again(
+    tokenizer: Tokenizer, tmp_path: Path, builds: list[str], empty_cache: Path
+) -> None:
+    path = texts(tmp_path / "a.jsonl", "list files", "ls")
+    before = load(tokenizer, path).table.row(0).ids.tolist()
+    (tokens,) = empty_cache.glob("*/tokens.arrow")
+    content = bytearray(tokens.read_bytes())
+    content[len(content) // 2] ^= 1
+    tokens.unlink()
+    tokens.write_bytes(content)
+    assert load(tokenizer, path).table.row(0).ids.tolist() == before and len(builds) == 2
+
+
+def test_the_cache_forgets_what_was_not_used_for_longest(
+    tokenizer: Tokenizer, tmp_path: Path, empty_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [texts(tmp_path / f"{name}.jsonl", name, "ls") for name in "abc"]
+    for age, path in zip((300, 100, 200), paths, strict=True):
+        folder = load(tokenizer, path).sources[0].folder
+        os.utime(folder, (1_000_000 - age, 1_000_000 - age))
+    oldest = load(tokenizer, paths[0]).sources[0].folder  # used again: the third is the oldest now
+    size = sum(file.stat().st_size for file in oldest.iterdir()) / 2**30
+    monkeypatch.setenv("QLORA_TRAIN_CACHE_GIB", str(2.5 * size))
+    kept = load(tokenizer, texts(tmp_path / "d.jsonl", "d", "ls")).sources[0].folder
+    assert {folder for folder in empty_cache.iterdir() if folder.is_dir()} == {oldest, kept}
+
+
+def test_streaming_keeps_no_tokens_and_gives_the_same(tokenizer: Tokenizer, tmp_path: Path, empty_cache: Path) -> None:
+    paths = [texts(tmp_path / "a.jsonl", "list files", "ls", "the files"), texts(tmp_path / "b.jsonl", "files files")]
+    stored, streamed = load(tokenizer, *paths), load(tokenizer, *paths, streaming=True)
+    assert stored.table.fingerprint() == streamed.table.fingerprint()
+    for left, right in zip(stored.table.rows([3, 0, 2]), streamed.table.rows([3, 0, 2]), strict=True):
+        assert left.ids.tolist() == right.ids.tolist() and left.span_stops.tolist() == right.span_stops.tolist()
+    sizes = [
+        sum(f.stat().st_size for f in s.folder.glob("tokens.arrow")) for s in (stored.sources[0], streamed.sources[0])
+    ]
+    assert sizes[1] < sizes[0]
+
+
+def test_a_file_that_changes_while_it_is_streamed_is_noticed(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = texts(tmp_path / "a.jsonl", "list files", "ls")
+    split = load(tokenizer, path, streaming=True)
+    texts(path, "the files are others", "ls")
+    with pytest.raises(DataError) as caught:
+        split.table.rows([0])
+    assert "a.jsonl" in str(caught.value)
+
+
+def test_sources_of_several_formats_become_one_table(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    text = texts(tmp_path / "a.jsonl", "list files")
+    table = tmp_path / "b.csv"
+    table.write_text("question,answer\nlist,ls\nthe,files\n", encoding="utf-8")
+    chosen = DataSection(
+        train=(
+            SourceSection(path=str(text)),
+            SourceSection(path=str(table), columns={"instruction": "question", "output": "answer"}, weight=2.0),
+        ),
+    )
+    split = load_split(chosen, "train", tokenizer, 0)
+    accounts = [(entry.format, entry.weight, entry.num_rows, entry.num_trained) for entry in split.audit.sources]
+    assert accounts == [("text", 1.0, 1, 1), ("alpaca", 2.0, 2, 2)]
+    assert split.table.column("source").tolist() == [0, 1, 1]
+    last, first = split.read([2, 0])
+    assert first == TextRow(f"{text}:1", "list files")
+    assert isinstance(last, MessagesRow) and [m["content"] for m in last.messages] == ["the", "files"]
+    assert last.where == f"{table}:3"
+
+
+def test_many_rows_keep_their_order_and_place(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over the borders of batches of the tokenizer and of chunks of the file."""
+    monkeypatch.setattr(build_module, "_BATCH_ROWS", 7)
+    monkeypatch.setattr(build_module, "_CHUNK_ROWS", 10)
+    lines = ["list " * (1 + index % 5) + "ls" for index in range(45)]
+    split = load(tokenizer, texts(tmp_path / "a.jsonl", *lines))
+    assert split.table.num_rows == 45 and split.table.where(44).endswith("a.jsonl:45")
+    decoded = [tokenizer.decode(row.ids, skip_special_tokens=True) for row in split.table.rows(range(45))]
+    assert decoded == lines
+    assert split.table.lengths.tolist() == [len(row.ids) for row in split.table.rows(range(45))]
+
+
+def test_the_account_counts_every_row_and_every_token(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = texts(tmp_path / "a.jsonl", "ls", "ls", "list files " * 30, "files")
+    path.write_text(path.read_text() + '{"text": 3}\n')
+    split = load(tokenizer, path, bad_rows="skip", duplicates="drop", seq_len=16, max_lost_frac=1.0, max_train_rows=1)
+    counts = {fate: count for fate, count in split.audit.counts.items() if count}
+    assert counts == {"kept": 1, "dropped": 1, "rejected": 1, "duplicate": 1, "not_selected": 1}
+    listed = {(where.rpartition(":")[2], fate) for where, fate, _ in split.listed()}
+    assert {("2", "duplicate"), ("3", "dropped"), ("5", "rejected")} < listed and len(listed) == 4
+    assert split.audit.num_rows == 5 and split.audit.num_trained == 1
+    long = 62  # thirty times two words, the last space, and the end token
+    others = [2, 2, 2]
+    mean = round((long + sum(others)) / 4)
+    assert (split.audit.num_lost_tokens, split.audit.num_read_tokens) == (long + mean, long + sum(others) + mean)
+
+
+def test_an_enormous_row_is_dropped_before_it_is_tokenised(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qlora_train.data.split.LEAST_CHARS_LIMIT", 100)
+    path = texts(tmp_path / "a.jsonl", "ls", "x" * 2000)
+    split = load(tokenizer, path, seq_len=8, max_lost_frac=1.0)
+    assert split.audit.counts["dropped"] == 1 and split.table.num_rows == 1
+    assert "2,010 characters" in split.audit.reasons[0].examples[0], "with its end token of ten"
+    with pytest.raises(DataError, match="characters"):
+        load(tokenizer, path, seq_len=8, overlong="fail")
+
+
+def test_a_split_of_which_nothing_is_left_says_why(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = texts(tmp_path / "a.jsonl", *["list files " * 10] * 3)
+    with pytest.raises(DataError, match=r"0 trainable rows of 3 in train\. Likely cause \(3 rows\)"):
+        load(tokenizer, path, seq_len=8)
+
+
+def test_rows_of_the_same_content_have_the_same_fingerprint_wherever_they_lie(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    as_lines = texts(tmp_path / "a.jsonl", "list files", "ls")
+    as_list = tmp_path / "b.json"
+    as_list.write_text(json.dumps([{"text": "list files"}, {"text": "ls"}]))
+    assert load(tokenizer, as_lines).table.fingerprint() == load(tokenizer, as_list).table.fingerprint()
+    assert np.array_equal(
+        load(tokenizer, as_lines).table.column("content_hash"), load(tokenizer, as_list).table.column("content_hash")
+    )
