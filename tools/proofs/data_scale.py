@@ -33,7 +33,10 @@ def write_rows(path: Path, num_rows: int) -> None:
 
 
 class Memory:
-    """The most memory that this process and its children held together, looked at ten times a second."""
+    """The most memory that this process and its children held together, looked at ten times a second.
+
+    Pages that several of them share are counted once (PSS): a child is its parent's copy until it has started.
+    """
 
     def __init__(self) -> None:
         self.peak_bytes = 0
@@ -52,11 +55,11 @@ class Memory:
 
         own = psutil.Process(os.getpid())
         while not self._stop.wait(0.1):
-            total = own.memory_info().rss
+            total = own.memory_full_info().pss
             for child in own.children(recursive=True):
                 try:
-                    total += child.memory_info().rss
-                except psutil.NoSuchProcess:
+                    total += child.memory_full_info().pss
+                except (psutil.NoSuchProcess, psutil.AccessDenied):
                     continue
             self.peak_bytes = max(self.peak_bytes, total)
 
