@@ -5,6 +5,7 @@ All of them raise subclasses of `errors.UserError` for what the user can mend, w
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from qlora_train.artifacts import RunDir, locked
 from qlora_train.data.account import Account, account_for, build_loader, write_account
 from qlora_train.data.audit import Audit
 from qlora_train.data.preview import PreviewRow, preview
-from qlora_train.data.split import holds_out, load_split, load_splits
+from qlora_train.data.split import holds_out, load_splits
 from qlora_train.environment import environment
 from qlora_train.errors import DataError, ModelError
 from qlora_train.evaluate.chat import ChatSession
@@ -25,9 +26,8 @@ from qlora_train.model.causal import CausalModel
 from qlora_train.model.load import resolve_device
 from qlora_train.model.skeleton import linear_layers, load_tokenizer, name_table
 from qlora_train.model.source import Source, resolve_source
-from qlora_train.model.trained import load_trained, open_run, refuse_other_base
+from qlora_train.model.trained import MEASURED_ON, load_trained, open_run, refuse_other_base
 from qlora_train.recipe.load import LoadedRecipe, load_recipe
-from qlora_train.recipe.schema import SourceSection
 from qlora_train.train.metrics import Reporter, Silent
 from qlora_train.train.run import TrainResult, refuse_used, run_training
 from qlora_train.train.setup import load_inputs
@@ -84,11 +84,12 @@ def check(recipe: Path, overrides: Sequence[str] = ()) -> CheckResult:
     settings = load_recipe(recipe, overrides).recipe
     inputs = load_inputs(settings, weights=False)
     table = inputs.train.table
+    loader = build_loader(settings, inputs.train, inputs.tokenizer.pad_token_id)
     return CheckResult(
         audits=tuple(split.audit for split in (inputs.train, inputs.eval) if split),
         linear_layers=name_table(linear_layers(inputs.skeleton)),
         preview=tuple(preview(table, inputs.tokenizer, range(min(PREVIEW_ROWS, table.num_rows)))),
-        num_steps=build_loader(settings, inputs.train, inputs.tokenizer.pad_token_id).num_steps(settings.train.epochs),
+        num_steps=loader.num_steps(settings.train.epochs, settings.train.max_steps),
         num_params=sum(parameter.numel() for parameter in inputs.skeleton.parameters()),
     )
 
@@ -96,15 +97,17 @@ def check(recipe: Path, overrides: Sequence[str] = ()) -> CheckResult:
 def data(recipe: Path, overrides: Sequence[str] = ()) -> DataResult:
     """Account for every row of a recipe's data, and write the account into its run folder; no weights, no training.
 
-    Raises RecipeError, DataError and ModelError as training would, MachineError when the folder cannot be written.
+    What takes the model's config (its longest row, its vocabulary) is checked by `check` and by training.
+    Raises RecipeError where the folder holds a run already, DataError and ModelError as training would for the rows,
+    MachineError when the folder cannot be written.
     """
     settings = load_recipe(recipe, overrides).recipe
+    run_dir = RunDir(settings.run.dir)
+    refuse_used(run_dir)
     tokenizer = load_tokenizer(resolve_source(settings.model, weights=False), settings.model.chat_template)
     train_split, held_out = load_splits(settings, tokenizer)
     loader = build_loader(settings, train_split, tokenizer.pad_token_id)
     account = account_for(settings, train_split, held_out, tokenizer, loader)
-    run_dir = RunDir(settings.run.dir)
-    refuse_used(run_dir)
     with locked(run_dir):
         write_account(run_dir, account.as_dict(settings), train_split, held_out)
     return DataResult(account, run_dir.audit_page)
@@ -131,16 +134,16 @@ def train(
 def evaluate(run: Path, overrides: Sequence[str] = (), *, rows: Path | None = None) -> EvalResult:
     """Measure a run's base and adapter on its held-out rows, or on those of another file.
 
-    `overrides` may change the recipe's `eval` and `data` sections, e.g. `eval.generate_rows=1000`.
+    `overrides` may change the recipe's `eval` section, e.g. `eval.generate_rows=1000`, and say which rows:
+    `data.eval=FILE`, which `rows` is short for, and how they are read.
     """
-    finished = open_run(run, overrides, sections=("eval", "data"))
-    recipe = finished.recipe
     if rows is not None:
-        changed = {"eval": (SourceSection(path=str(rows.absolute())),), "split": None}
-        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update=changed)})
+        overrides = [*overrides, f"data.eval={json.dumps(str(rows))}"]
+    finished = open_run(run, overrides, sections=("eval", *MEASURED_ON))
+    recipe = finished.recipe
     if not holds_out(recipe.data):
         raise DataError("the recipe names no held-out rows", fix="give a file: qlora-train eval RUN --rows FILE")
-    split = load_split(recipe.data, "eval", finished.tokenizer(finished.source()), recipe.run.seed)
+    split = finished.load_split("eval", finished.tokenizer(finished.source()))
     trained = load_trained(finished)
     causal = CausalModel(trained.model)
     adapter = score_side(causal, trained.tokenizer, split, recipe.eval)
@@ -156,7 +159,7 @@ def export(run: Path, target: Path, overrides: Sequence[str] = ()) -> ExportResu
     not the one that was trained on or the merged model is further from the trained one than the recipe allows. In
     each case nothing appears under the name `target`.
     """
-    return run_export(open_run(run, overrides, sections=("export",)), target)
+    return run_export(open_run(run, overrides, sections=("export", *MEASURED_ON)), target)
 
 
 def open_chat(folder: Path, *, adapters: Sequence[Path] = (), system: str | None = None) -> ChatSession:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from qlora_train.errors import MachineError
 
@@ -140,6 +140,23 @@ def write_file(path: Path, content: bytes) -> None:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
+            temporary.replace(path)
+            fsync_dir(path.parent)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+@contextlib.contextmanager
+def streamed_file(path: Path) -> Iterator[TextIO]:
+    """A text file to write line by line, which appears whole or not at all, as with `write_file`."""
+    temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        # A lone surrogate of a rejected row cannot be UTF-8; as an escape it is what its file held.
+        with explained(path), temporary.open("x", encoding="utf-8", errors="backslashreplace") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
             temporary.replace(path)
             fsync_dir(path.parent)
     finally:

@@ -77,7 +77,8 @@ def data(result: DataResult) -> None:
         _console.print(
             Text(
                 f"{split.duplicates.num_duplicates:,} rows repeat an earlier one, {near.num_near:,} nearly do "
-                f"({near.num_compared:,} compared, {near.num_too_short:,} too short to compare)"
+                f"({near.num_compared:,} compared{', a random sample' if near.sampled else ''}; "
+                f"{near.num_too_short:,} too short to compare)"
             )
         )
         for pair in (*split.duplicates.examples[:3], *near.examples[:3]):

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from qlora_train.artifacts import RunDir, explained, write_file, write_json
+from qlora_train.artifacts import RunDir, streamed_file, write_file, write_json
 from qlora_train.data.audit import Audit
 from qlora_train.data.duplicates import (
     MAX_ROWS,
@@ -25,10 +25,6 @@ from qlora_train.data.page import length_histogram, render_page
 from qlora_train.data.preview import PreviewRow, rows_to_look_at
 from qlora_train.data.split import Split
 from qlora_train.recipe.schema import Recipe
-
-# A lone surrogate of a rejected row cannot be UTF-8; as an escape it is what the file held.
-_JSON_LINES: Any = {"encoding": "utf-8", "errors": "backslashreplace"}
-
 
 STREAMED_SAMPLE = 20_000  # rows of which near-duplicates are looked for where each has to be tokenised anew
 
@@ -119,14 +115,14 @@ def write_account(run_dir: RunDir, plain: Mapping[str, Any], train: Split, held_
     write_json(run_dir.data, plain)
     write_file(run_dir.audit_page, render_page(plain).encode())
     splits = [split for split in (train, held_out) if split is not None]
-    with explained(run_dir.fates), run_dir.fates.open("w", **_JSON_LINES) as fates:
+    with streamed_file(run_dir.fates) as fates:
         for split in splits:
             for where, fate, reason in split.listed():
                 entry = {"split": split.side, "where": where, "fate": fate, "reason": reason}
                 fates.write(json.dumps(entry, ensure_ascii=False) + "\n")
     run_dir.rejected.unlink(missing_ok=True)
     if any(split.audit.counts["rejected"] for split in splits):
-        with explained(run_dir.rejected), run_dir.rejected.open("w", **_JSON_LINES) as rejected:
+        with streamed_file(run_dir.rejected) as rejected:
             for split in splits:
                 for entry in split.rejected():
                     rejected.write(json.dumps(entry, ensure_ascii=False) + "\n")
@@ -148,7 +144,7 @@ def _batching(recipe: Recipe, loader: Loader) -> Batching:
     return Batching(
         kind=recipe.data.batching,
         num_lines=num_lines,
-        num_steps=loader.num_steps(recipe.train.epochs),
+        num_steps=loader.num_steps(recipe.train.epochs, recipe.train.max_steps),
         padding_frac=padding_frac,
         unfilled_frac=1 - loader.num_tokens(0) / (num_lines * recipe.data.seq_len),
     )

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from typing import Any, Literal, get_args
 
 Fate = Literal["kept", "cut", "dropped", "rejected", "duplicate", "held_out", "not_selected"]
 FATES: tuple[Fate, ...] = get_args(Fate)
 TRAINED: tuple[Fate, ...] = ("kept", "cut")
 LOST: tuple[Fate, ...] = ("cut", "dropped", "rejected")
-_EXAMPLES = 3
+EXAMPLES = 3  # of a kind of reason
 
 
 @dataclass
@@ -30,13 +31,15 @@ class Reasons:
     def __init__(self) -> None:
         self._found: dict[tuple[Fate, str], Reason] = {}
 
-    def add(self, fate: Fate, reason: str, where: str, count: int = 1) -> None:
-        """Note one row, or one row that stands for `count` of its kind."""
-        kind = re.sub(r"\d[\d,]*", "#", reason)[:500]
+    def add(self, fate: Fate, reason: str, where: str) -> None:
+        """Note one row."""
+        self.add_kind(fate, re.sub(r"\d[\d,]*", "#", reason)[:500], 1, [f"{where}: {reason[:500]}"])
+
+    def add_kind(self, fate: Fate, kind: str, count: int, examples: Iterable[str]) -> None:
+        """Note rows of one kind, and some of them in full."""
         entry = self._found.setdefault((fate, kind), Reason(fate, kind))
         entry.count += count
-        if len(entry.examples) < _EXAMPLES:
-            entry.examples.append(f"{where}: {reason[:500]}")
+        entry.examples += list(islice(examples, EXAMPLES - len(entry.examples)))
 
     def listed(self, most: int = 50) -> tuple[Reason, ...]:
         """The commonest kinds."""

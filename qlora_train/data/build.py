@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
@@ -18,7 +18,7 @@ from qlora_train.data.hashing import hashes
 from qlora_train.data.problems import RowFault, TemplateFault
 from qlora_train.data.rows import Row, size_of
 from qlora_train.data.sources.base import RawRow, Source
-from qlora_train.data.table import TokenRow, digest_rows, record_batch
+from qlora_train.data.table import SCHEMA, TokenRow, digest_rows, record_batch
 from qlora_train.data.template import Rendered, Renderer
 
 TOKENS, FAULTS, FACTS = "tokens.arrow", "faults.jsonl", "facts.json"
@@ -27,9 +27,11 @@ _BATCH_ROWS, _BATCH_CHARS = 256, 2**20
 _CHUNK_ROWS, _CHUNK_TOKENS = 4096, 2**22  # of one batch of the Arrow file: what is held before it is written
 # Tokenising takes some 150 bytes a character: a row that cannot fit in any case is not worth gigabytes.
 LEAST_CHARS_LIMIT = 2**20
+_COLUMNS = [name for name in SCHEMA.names[4:] if name not in ("num_tokens", "num_supervised")]  # as `_Writer.add` takes
 _SHOWN_CHARS = 2**16  # of a faulty row, kept for rejected.jsonl
 
-Kind = str  # of a fault: "row", "template" or "overlong"
+Kind = Literal["row", "template", "overlong"]  # of a fault
+Note = Callable[..., None]
 
 
 @dataclass(frozen=True)
@@ -51,9 +53,6 @@ class Facts:
     num_rows: int = 0
     num_kept: int = 0
     num_faults: int = 0
-    num_plain_specials: int = 0  # special tokens' text inside content, encoded as text
-    num_control_specials: int = 0  # the same inside answers and verbatim text: control tokens
-    num_context_turns: int = 0  # answers that stay context because the template drops their reasoning
     largest_id: int = 0
     end_token_ids: list[int] = field(default_factory=list)  # that rows were taught to end with
     digest: str = ""
@@ -103,9 +102,6 @@ class _Writer:
         self._rows, self._num_tokens, self._columns = [], 0, {name: [] for name in _COLUMNS}
 
 
-_COLUMNS = ("num_chars", "content_hash", "prompt_hash", "source", "number", "locator")
-
-
 def build(source: Source, reading: Reading, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Facts:
     """Write the table, the faults and the facts of one source into `folder`. SourceFault where it cannot be read.
 
@@ -116,8 +112,12 @@ def build(source: Source, reading: Reading, tokenizer: PreTrainedTokenizerBase, 
     writer = _Writer(folder / TOKENS, with_ids=reading.with_ids)
     with (folder / FAULTS).open("x", encoding="utf-8") as faults, Renderer(tokenizer, reading.loss_on) as renderer:
 
-        def note(number: int, fault: RowFault, shown: str, kind: Kind = "row", num_tokens: int = 0) -> None:
+        def note(
+            number: int, fault: RowFault, shown: str, num_bytes: int = 0, *, kind: Kind = "row", num_tokens: int = 0
+        ) -> None:
+            num_chars = num_bytes or len(shown)
             entry = {"number": number, "kind": kind, "what": fault.what, "fix": fault.fix, "num_tokens": num_tokens}
+            entry["num_chars"] = num_chars
             faults.write(json.dumps({**entry, "row": shown[:_SHOWN_CHARS]}) + "\n")
             facts.num_faults += 1
 
@@ -128,9 +128,6 @@ def build(source: Source, reading: Reading, tokenizer: PreTrainedTokenizerBase, 
     facts.num_rows = facts.num_kept + facts.num_faults
     (folder / FACTS).write_text(json.dumps(asdict(facts)), encoding="utf-8")
     return facts
-
-
-Note = Callable[..., None]
 
 
 def _parsed(
@@ -171,13 +168,13 @@ def _encode_batch(
     encoded = iter(encoder.encode(fit))
     for pending, entry in zip(batch, rendered, strict=True):
         if isinstance(entry, RowFault):
-            kind = "template" if isinstance(entry, TemplateFault) else "row"
-            note(pending.raw.number, entry, _shown(pending.raw), kind)
+            kind: Kind = "template" if isinstance(entry, TemplateFault) else "row"
+            note(pending.raw.number, entry, _shown(pending.raw), kind=kind)
             continue
         if len(entry.text) > reading.max_chars:
             num_tokens = len(entry.text) // encoder.longest_piece
             what = f"the row is {len(entry.text):,} characters, so at least {num_tokens:,} tokens long"
-            note(pending.raw.number, RowFault(what, "split it"), "", "overlong", num_tokens)
+            note(pending.raw.number, RowFault(what, "split it"), "", kind="overlong", num_tokens=num_tokens)
             continue
         tokens = next(encoded)
         if isinstance(tokens, RowFault):
@@ -185,15 +182,16 @@ def _encode_batch(
             continue
         facts.num_kept += 1
         facts.largest_id = max(facts.largest_id, int(tokens.ids.max()))
-        if (end := int(tokens.ids[tokens.span_stops[-1] - 1])) not in facts.end_token_ids:
+        end = encoder.end_token_of(tokens)
+        if end is not None and end not in facts.end_token_ids:
             facts.end_token_ids.append(end)
-        facts.num_plain_specials += entry.num_plain_specials
-        facts.num_control_specials += entry.num_control_specials
-        facts.num_context_turns += entry.num_context_turns
         content_hash, prompt_hash = hashes(pending.row)
         writer.add(
             tokens,
             num_chars=len(entry.text),
+            num_plain_specials=entry.num_plain_specials,
+            num_control_specials=entry.num_control_specials,
+            num_context_turns=entry.num_context_turns,
             content_hash=content_hash,
             prompt_hash=prompt_hash,
             source=0,

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Collection, Iterator
+import shutil
+import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from qlora_train.artifacts import cache_dir, manifest_faults, publishing, retire
+from qlora_train.artifacts import cache_dir, explained, manifest_faults, publishing, retire
 from qlora_train.data.build import FACTS, FAULTS, TOKENS, Facts, Reading, build
 from qlora_train.data.sources.base import Source
 from qlora_train.data.table import Encode, TokenTable
 from qlora_train.environment import code_sha256, versions
 from qlora_train.errors import MachineError
 
-LIMIT_ENVIRONMENT, DEFAULT_LIMIT_GIB = "QLORA_TRAIN_CACHE_GIB", 50.0
+LIMIT_ENVIRONMENT, DEFAULT_LIMIT_GIB = "QLORA_TRAIN_CACHE_GIB", "50"
+_ABANDONED_S = 24 * 3600
 _LIBRARIES = ("tokenizers", "transformers", "jinja2", "pyarrow")
 
 
@@ -32,6 +37,8 @@ class CachedSource:
     reading: Reading
     folder: Path
     facts: Facts
+    digest: str  # of the source's content
+    lock: TextIO  # shared, held as long as this object lives: nobody removes the folder
 
     def table(self, encode: Encode | None = None) -> TokenTable:
         """The tokens of its rows, memory-mapped."""
@@ -40,7 +47,7 @@ class CachedSource:
         return TokenTable(table, [self.source.place], self.facts.digest, encode=encode)
 
     def faults(self) -> Iterator[dict[str, Any]]:
-        """Rows that did not become tokens: number, kind, what, fix, num_tokens, row."""
+        """Rows that did not become tokens: number, kind, what, fix, num_tokens, num_chars, row."""
         with (self.folder / FAULTS).open(encoding="utf-8") as lines:
             for line in lines:
                 yield json.loads(line)
@@ -50,41 +57,79 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 of what turns a row into ids: vocabulary, normalisation, special tokens, chat template."""
     backend = tokenizer.backend_tokenizer.to_str()
     named = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    return hashlib.sha256(json.dumps([backend, tokenizer.chat_template, named]).encode()).hexdigest()
+    split = bool(getattr(tokenizer, "split_special_tokens", False))
+    return hashlib.sha256(json.dumps([backend, tokenizer.chat_template, named, split]).encode()).hexdigest()
 
 
 def cached(source: Source, reading: Reading, tokenizer: PreTrainedTokenizerBase) -> CachedSource:
     """The source's table, from the cache where its content, tokenizer, template, reading and our code are the same."""
-    library_versions = versions()
+    limit_gib, digest, library_versions = _limit_gib(), source.digest(), versions()
     parts = [
-        source.digest(),
+        source.kind,
+        digest,
         asdict(reading),
         tokenizer_fingerprint(tokenizer),
         code_sha256("data"),
         [library_versions[name] for name in _LIBRARIES],
     ]
-    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-    folder = cache_dir() / "data" / key[:32]
-    if folder.is_dir() and manifest_faults(folder):
-        retire(folder)  # a disk fault, or a hand in the cache: make it again
-    if not folder.is_dir():
-        try:
+    key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+    folder = cache_dir() / "data" / key
+    lock = _open_lock(folder, "lock")
+    fcntl.flock(lock, fcntl.LOCK_SH)  # held while the table is in use: nobody removes the folder
+    with _open_lock(folder, "build") as building:
+        fcntl.flock(building, fcntl.LOCK_EX)  # another process that makes the same table is waited for
+        if folder.is_dir() and manifest_faults(folder):
+            retire(folder)  # a disk fault, or a hand in the cache: make it again
+        if not folder.is_dir():
             with publishing(folder, manifest={"source": source.name}) as temporary:
                 build(source, reading, tokenizer, temporary)
-        except MachineError:
-            if not folder.is_dir():  # else another process published the same folder first
-                raise
-        _shrink(folder.parent, keep={folder})
-    os.utime(folder)
-    return CachedSource(source, reading, folder, Facts(**json.loads((folder / FACTS).read_text(encoding="utf-8"))))
+    with contextlib.suppress(OSError):  # a cache that others own too
+        os.utime(folder)
+    facts = Facts(**json.loads((folder / FACTS).read_text(encoding="utf-8")))
+    _shrink(folder.parent, limit_gib * 2**30)
+    return CachedSource(source, reading, folder, facts, digest, lock)
 
 
-def _shrink(parent: Path, keep: Collection[Path]) -> None:
-    """Remove the folders that were not used for longest until the cache is below its limit."""
-    limit = float(os.environ.get(LIMIT_ENVIRONMENT, DEFAULT_LIMIT_GIB)) * 2**30
-    folders = sorted((p for p in parent.iterdir() if p.is_dir() and p.name[0] != "."), key=lambda p: -p.stat().st_mtime)
-    num_bytes = 0.0
-    for folder in folders:
-        num_bytes += sum(path.stat().st_size for path in folder.iterdir())
-        if num_bytes > limit and folder not in keep:
-            retire(folder)
+def _open_lock(folder: Path, name: str) -> TextIO:
+    """A lock of a folder, open; it lies beside it, so that it is there before and after the folder."""
+    path = folder.with_name(f"{folder.name}.{name}")
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("a")
+
+
+def _limit_gib() -> float:
+    written = os.environ.get(LIMIT_ENVIRONMENT, DEFAULT_LIMIT_GIB)
+    try:
+        limit = float(written)
+    except ValueError:
+        limit = -1.0
+    if not limit >= 0:
+        raise MachineError(f"{LIMIT_ENVIRONMENT} is {written!r}, not a number of GiB", fix="give a number, such as 50")
+    return limit
+
+
+def _shrink(parent: Path, limit_bytes: float) -> None:
+    """Remove the folders that were not used for longest until the cache is below its limit; none that is in use.
+
+    What a killed process left half-made counts too: it has a temporary name, and goes first when it is a day old.
+    """
+    found: list[tuple[float, int, Path]] = []
+    for folder in parent.iterdir():
+        with contextlib.suppress(OSError):  # removed by another process in this moment
+            if folder.is_dir():
+                num_bytes = sum(path.stat().st_size for path in folder.iterdir())
+                found.append((folder.stat().st_mtime, num_bytes, folder))
+    total = sum(num_bytes for _, num_bytes, _ in found)
+    for used_at, num_bytes, folder in sorted(found):
+        if folder.name.startswith("."):
+            if time.time() - used_at > _ABANDONED_S:
+                shutil.rmtree(folder, ignore_errors=True)
+        elif total > limit_bytes:
+            with _open_lock(folder, "lock") as lock:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    continue  # in use
+                retire(folder)
+                total -= num_bytes

@@ -24,6 +24,9 @@ _TEXT_FIELDS = ("name", "tool_call_id", "reasoning_content", "reasoning", "think
 _SHAPE = 'write [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]'
 _CALL_SHAPE = 'write {"type": "function", "function": {"name": "...", "arguments": {...}}}'
 
+_LEAST_WEIGHT, _MOST_WEIGHT = 1e-6, 1e6  # well within float32, in which losses are weighted
+_WEIGHT_FIX = "write 0, or a number from 1e-6 to 1e6"
+
 Weights = tuple[float, ...] | None
 
 
@@ -176,13 +179,13 @@ def _weight(entry: dict[str, Any], name: str, is_answer: bool) -> float:
         raise RowFault(f"{name}.train is {json_name(train)}; expected true or false", "write true or false")
     if weight is not None:
         if isinstance(weight, bool) or not isinstance(weight, int | float):
-            raise RowFault(f"{name}.weight is {json_name(weight)}; expected a number", "write a number, at least 0")
+            raise RowFault(f"{name}.weight is {json_name(weight)}; expected a number", _WEIGHT_FIX)
         try:
             weight = float(weight)
         except OverflowError:
             weight = math.inf
-        if not 0 <= weight < math.inf:
-            raise RowFault(f"{name}.weight is {weight}", "write a finite number, at least 0")
+        if weight and not _LEAST_WEIGHT <= weight <= _MOST_WEIGHT:
+            raise RowFault(f"{name}.weight is {weight}", _WEIGHT_FIX)
     if not is_answer and (weight or train):
         role = "its role is not the assistant's"
         raise RowFault(f"{name} has a weight, but {role}: only answers are weighted", "remove it")

@@ -61,6 +61,18 @@ class Encoder:
                 rows.append(fault)
         return rows
 
+    def end_token_of(self, tokens: TokenRow) -> int | None:
+        """The token that a row is taught to end with: its last special one, or else the end of its last trained text.
+
+        Where all text is trained, some may follow the end token, as the newline of ChatML. Where the last answer is
+        not trained, the header in front of it is, which ends nothing: None.
+        """
+        ids = tokens.ids.tolist()
+        last = next((index for index in range(len(ids) - 1, -1, -1) if ids[index] in self._special_ids), -1)
+        spans = zip(tokens.span_starts.tolist(), tokens.span_stops.tolist(), strict=True)
+        end: int = ids[last if any(start <= last < stop for start, stop in spans) else tokens.span_stops[-1] - 1]
+        return end if end in self._special_ids else None
+
     def ids(self, rendered: Rendered) -> list[int]:
         """The tokens of a prompt. RowFault if special-token text in it cannot be encoded as text."""
         (encoding,) = self._encodings([rendered])

@@ -23,7 +23,7 @@ def choose(whole: TokenTable, section: DataSection, side: Side, seed: int) -> ND
     """The fate of every row of `whole` (an index into FATES, or ELSEWHERE) on one side."""
     fates = np.full(whole.num_rows, CODE["kept"], dtype=np.int8)
     if section.split is not None:
-        held_out = carve(whole.column("content_hash"), section.split)
+        held_out = carve(whole.column("prompt_hash"), section.split)
         fates[held_out if side == "train" else ~held_out] = CODE["held_out"] if side == "train" else ELSEWHERE
     _judge_lengths(fates, whole, section)
     if side == "train" and section.duplicates == "drop":
@@ -33,15 +33,15 @@ def choose(whole: TokenTable, section: DataSection, side: Side, seed: int) -> ND
     return fates
 
 
-def carve(content_hashes: NDArray[np.uint64], frac: float) -> NDArray[np.bool_]:
+def carve(prompt_hashes: NDArray[np.uint64], frac: float) -> NDArray[np.bool_]:
     """Which rows are held out: the share `frac` of them (at least one) with the lowest mixed hashes.
 
-    A row's content alone decides its rank, so the choice depends neither on the order of rows nor on a seed, and rows
-    that are equal stay on one side.
+    What a row asks alone decides its rank, so the choice depends neither on the order of rows nor on a seed, and rows
+    that ask the same stay on one side.
     """
-    if not len(content_hashes):
+    if not len(prompt_hashes):
         return np.zeros(0, dtype=np.bool_)
-    mixed = (content_hashes ^ (content_hashes >> np.uint64(31))) * _CARVE_KEY
+    mixed = (prompt_hashes ^ (prompt_hashes >> np.uint64(31))) * _CARVE_KEY
     count = max(1, round(frac * len(mixed)))
     held_out: NDArray[np.bool_] = mixed <= np.partition(mixed, count - 1)[count - 1]
     return held_out

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import lru_cache
 
 from qlora_train.data.conversation import SHAREGPT_ROLES, json_list, parse_messages, parse_tools
 from qlora_train.data.problems import RowFault
@@ -121,8 +122,13 @@ class _Format:
     optional: tuple[str, ...] = ()
     inner: tuple[str, ...] = ()  # names inside the messages, which a column map may also give
 
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset((*self.columns, *self.optional, *self.inner))
+
 
 # In the order in which they are told: a set that has `messages` beside `prompt` keeps the whole conversation.
+# Together their names are the recipe's COLUMN_NAMES.
 FORMATS: dict[str, _Format] = {
     "messages": _Format(("messages",), _messages_row, ("tools",), ("role", "content")),
     "sharegpt": _Format(("conversations",), _sharegpt_row, ("system", "tools"), ("from", "value", "role", "content")),
@@ -130,8 +136,6 @@ FORMATS: dict[str, _Format] = {
     "alpaca": _Format(("instruction", "output"), _alpaca_row, ("input", "system", "history")),
     "text": _Format(("text",), _text_row),
 }
-# Every name that a column map may give.
-NAMES = frozenset(name for entry in FORMATS.values() for name in (*entry.columns, *entry.optional, *entry.inner))
 _SHAREGPT_SHAPE = 'write [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]'
 
 
@@ -140,7 +144,13 @@ def detect(columns: Columns, column_map: ColumnMap = _NO_MAP) -> str | None:
 
     A column map narrows the choice to formats that have the columns it names.
     """
-    mapped = [name for name, entry in FORMATS.items() if column_map.keys() <= _names(entry)]
+    return _detect(tuple(columns), tuple(column_map.items()))
+
+
+@lru_cache(maxsize=64)  # rows are asked about until one fits, and nearly all have the same columns
+def _detect(columns: tuple[str, ...], map_items: tuple[tuple[str, str], ...]) -> str | None:
+    column_map = dict(map_items)
+    mapped = [name for name, entry in FORMATS.items() if column_map.keys() <= entry.names]
     for names in (mapped, list(FORMATS)):
         for name in names:
             if all(column_map.get(column, column) in columns for column in FORMATS[name].columns):
@@ -171,11 +181,12 @@ def _renamed(columns: Columns, entry: _Format, column_map: ColumnMap) -> Columns
     wanted = (*entry.columns, *entry.optional)
     theirs = {ours: name for ours, name in column_map.items() if ours in wanted}
     for ours, name in theirs.items():
-        if name not in columns:
+        if name not in columns and ours in entry.columns:
             near = _nearest(name, columns)
             what = f"lacks {name!r}, which is to be read as {ours!r}; columns found: {_listed(columns)}"
             raise RowFault(what, f"map {ours!r} to {near!r}" if near else "correct the column map, or add the column")
-    return {**columns, **{ours: columns[name] for ours, name in theirs.items()}}
+    kept = {name: value for name, value in columns.items() if name not in theirs}
+    return kept | {ours: columns[name] for ours, name in theirs.items() if name in columns}
 
 
 def _missing_columns(columns: Columns, row_format: str) -> tuple[str, str]:
@@ -189,10 +200,6 @@ def _missing_columns(columns: Columns, row_format: str) -> tuple[str, str]:
     if other:
         return f"{what}, which is the format {other!r}", "keep rows of one format in a source"
     return what, "add the column, or set the source's format to what its rows are"
-
-
-def _names(entry: _Format) -> frozenset[str]:
-    return frozenset((*entry.columns, *entry.optional, *entry.inner))
 
 
 def _nearest(wanted: str, columns: Iterable[str]) -> str | None:

@@ -10,21 +10,20 @@ from qlora_train.data.rows import MessagesRow, PromptCompletionRow, Row
 _encode = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":"), check_circular=False).encode
 
 
-def content_hash(row: Row) -> int:
-    """64 bits of all that is rendered; rows that differ only in their weights or their place have the same."""
-    prompt, answer = _parts(row)
-    return _hash(prompt + answer)
-
-
-def prompt_hash(row: Row) -> int:
-    """64 bits of the row without its last answer; of plain text, which has none, of all."""
-    return _hash(_parts(row)[0])
-
-
 def hashes(row: Row) -> tuple[int, int]:
-    """`content_hash` and `prompt_hash`, for the price of one."""
+    """Two numbers of 64 bits: of the whole content, and of the prompt, which is the row without its last answer.
+
+    Weights belong to the content and not to the prompt: rows that differ in what is trained are no duplicates, but ask
+    the same. Rows that differ in their place only have the same. Plain text, and a row whose prompt is empty, ask
+    nothing that another row could ask too: their prompt is the content.
+    """
     prompt, answer = _parts(row)
-    return _hash(prompt + answer), _hash(prompt)
+    content = _hash(prompt + answer + _weights(row))
+    return content, _hash(prompt) if _asks(row) else content
+
+
+def _asks(row: Row) -> bool:
+    return isinstance(row, MessagesRow) or (isinstance(row, PromptCompletionRow) and bool(row.prompt.strip()))
 
 
 def _parts(row: Row) -> tuple[str, str]:
@@ -34,6 +33,15 @@ def _parts(row: Row) -> tuple[str, str]:
     if isinstance(row, PromptCompletionRow):
         return "p" + _encode(row.prompt), _encode(row.completion)
     return "t" + _encode(row.text), ""
+
+
+def _weights(row: Row) -> str:
+    """What is trained of a conversation, where that is not each answer alike."""
+    if not isinstance(row, MessagesRow) or row.weights is None:
+        return ""
+    weights = [float(weight) for weight in row.weights]
+    usual = [float(message["role"] == "assistant") for message in row.messages]
+    return "" if weights == usual else _encode(weights)
 
 
 def _hash(text: str) -> int:

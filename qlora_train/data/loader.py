@@ -93,21 +93,28 @@ class Loader:
         epoch, within = self._locate(step_index)
         return [self._collate(lines) for lines in self._lines_of_step(self._planner.plan(epoch), within)]
 
-    def num_steps(self, epochs: float) -> int:
-        """Optimiser steps of so many epochs; a part of an epoch is rounded up to whole steps."""
+    def num_steps(self, epochs: float, most: int | None = None) -> int:
+        """Optimiser steps of so many epochs, at most `most`; a part of an epoch is rounded up to whole steps."""
         whole = int(epochs)
-        first = self._first(whole)[0]
-        if epochs == whole:
-            return first
-        part = (epochs - whole) * (self._first(whole + 1)[0] - first)
-        # 1.1 - 1 is a little more than 0.1: of ten steps that is still one.
-        return first + (max(1, ceil(part - 1e-6)) if part else 0)
+        # Epochs that differ are planned one by one: no more of them than `most` steps need.
+        one_by_one = range(0 if self._planner.has_equal_epochs else whole)
+        if most is not None and any(self._first(epoch + 1)[0] >= most for epoch in one_by_one):
+            return most
+        steps = self._first(whole)[0]
+        if epochs > whole and (in_next := self._first(whole + 1)[0] - steps):
+            # 1.1 - 1 is a little more than 0.1: of ten steps that is still one.
+            steps += max(1, ceil((epochs - whole) * in_next - 1e-6))
+        return steps if most is None else min(steps, most)
 
     def rows_before(self, step_index: int) -> int:
         """Rows consumed by the steps before this one: the position in the data that a checkpoint stores."""
         epoch, within = self._locate(step_index)
         plan = self._planner.plan(epoch)
         return self._first(epoch)[1] + plan.rows_before(within * self._grad_accum_steps)
+
+    def plan_digest(self, step_index: int) -> str:
+        """SHA-256 of the order of the epoch that a step belongs to: what a checkpoint stores besides the position."""
+        return self._planner.plan(self._locate(step_index)[0]).digest()
 
     def longest_micro_batch(self) -> MicroBatch:
         """The most tokens that come together in the first epoch: for a rehearsal before step 0.
@@ -146,6 +153,8 @@ class Loader:
 
     def _locate(self, step_index: int) -> tuple[int, int]:
         """Epoch and step within it. An epoch may hold no row at all where sources are passed over less than once."""
+        if self._planner.has_equal_epochs:
+            return divmod(step_index, self._first(1)[0])
         while self._firsts[-1][0] <= step_index:
             self._first(len(self._firsts))
         epoch = bisect_right(self._firsts, step_index, key=lambda first: first[0]) - 1
@@ -153,6 +162,9 @@ class Loader:
 
     def _first(self, epoch: int) -> tuple[int, int]:
         """The first step and row of an epoch, counted from the start of training."""
+        if epoch > 1 and self._planner.has_equal_epochs:
+            steps, rows = self._first(1)
+            return epoch * steps, epoch * rows
         while len(self._firsts) <= epoch:
             num_micro_batches, num_rows = self._planner.size(len(self._firsts) - 1)
             step, row = self._firsts[-1]

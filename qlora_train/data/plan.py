@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +32,11 @@ class Plan:
     def num_micro_batches(self) -> int:
         """Micro-batches of the epoch."""
         return len(self.micro_batch_starts) - 1
+
+    def digest(self) -> str:
+        """SHA-256 of the whole order: of the rows, and of where lines and micro-batches start."""
+        parts = (self.rows, self.line_starts, self.micro_batch_starts)
+        return sha256(b"".join(part.astype("<i8").tobytes() for part in parts)).hexdigest()
 
     def lines(self, micro_batch: int) -> list[list[int]]:
         """The rows of each line of a micro-batch."""
@@ -63,9 +69,10 @@ class Planner:
     """Plans of epochs. The latest two are kept: steps ask for them again and again.
 
     A row of a source that is passed over w times an epoch comes floor(w (e + 1) + u) - floor(w e + u) times in epoch e.
-    u is its rank in a random order of its source over the rows of the source, so each row comes w times an epoch on
-    average, and each epoch holds w n rows of the source, give or take one: 0.5 shows one half in even epochs and the
-    other in odd ones.
+    u is (k + v) / n, where k is its place in a random order of the n rows of its source and v, in [0, 1), is drawn for
+    the source. So each row comes w times an epoch on average, and each epoch holds w n rows of the source, give or take
+    one: 0.5 shows one half in even epochs and the other in odd ones. Without v, small sources would all round down in
+    the same epoch.
     """
 
     def __init__(
@@ -78,18 +85,26 @@ class Planner:
         seq_len: int,
         seed: int,
     ) -> None:
-        """`sources`: of each row, an index into `passes`. DataError where an epoch would not hold a single row."""
+        """`sources`: of each row, an index into `passes`. DataError where an epoch, or the first one, holds no row."""
         assert len(lengths) and batching in ("shuffled", "length_grouped", "packed")
         self._lengths, self._batching, self._seed = lengths, batching, seed
         self._micro_batch_size, self._seq_len = micro_batch_size, seq_len
         self._passes = np.asarray(passes, dtype=np.float64)[sources]
-        self._whole = bool((self._passes == np.floor(self._passes)).all())
+        whole = self._passes == np.floor(self._passes)
+        self.has_equal_epochs = bool(whole.all())  # the same rows in each, hence as many packs
         if self._passes.sum() < 1:
             raise DataError(
                 f"the weights {list(passes)} of the sources leave less than one of {len(lengths)} rows for an epoch",
                 fix="raise the weights in data.train",
             )
-        self._phases = None if self._whole else self._phase(sources)
+        # What comes a whole number of times needs no phase: without one, no rounding can move it.
+        self._phases = None if self.has_equal_epochs else np.where(whole, 0.0, self._phase(sources))
+        if not len(self._occurrences(0)):
+            raise DataError(
+                f"the weights {list(passes)} take less than one row of each source, and with run.seed {seed} the "
+                "first epoch holds none at all",
+                fix="raise the weights in data.train, or change run.seed",
+            )
         self._plans: dict[int, Plan] = {}
 
     def plan(self, epoch: int) -> Plan:
@@ -101,8 +116,8 @@ class Planner:
         return self._plans[epoch]
 
     def size(self, epoch: int) -> tuple[int, int]:
-        """Micro-batches and rows of an epoch. With whole passes all epochs hold the same rows, hence as many packs."""
-        plan = self.plan(0 if self._whole else epoch)
+        """Micro-batches and rows of an epoch."""
+        plan = self.plan(epoch)
         return plan.num_micro_batches, len(plan.rows)
 
     def _planned(self, epoch: int) -> Plan:
@@ -138,7 +153,7 @@ class Planner:
         for source in np.unique(sources):
             rows = np.flatnonzero(sources == source)
             generator = np.random.Generator(np.random.PCG64(derive_seed(self._seed, "phase", int(source))))
-            phases[rows] = generator.permutation(len(rows)) / len(rows)
+            phases[rows] = (generator.permutation(len(rows)) + generator.random()) / len(rows)
         return phases
 
 

@@ -32,9 +32,13 @@ class SourceFault(Exception):
 
 
 class ProblemList:
-    """Keeps the first `MAX_LISTED` problems and counts the rest, so that a million bad rows cost no memory."""
+    """Keeps the first `MAX_LISTED` problems and counts the rest, so that a million bad rows cost no memory.
 
-    def __init__(self) -> None:
+    `fix` is what to do about all of them.
+    """
+
+    def __init__(self, fix: str) -> None:
+        self._fix = fix
         self.listed: list[Problem] = []
         self.total = 0
         self._error: type[UserError] = DataError
@@ -53,6 +57,5 @@ class ProblemList:
         problems = list(self.listed)
         if self.total > 1:
             first = "" if self.total == len(problems) else f"; the first {len(problems)} are listed above"
-            fix = "mend them and start again, or set data.bad_rows: skip to leave such rows out and list them"
-            problems.append(Problem(f"{self.total:,} problems in all{first}", fix))
+            problems.append(Problem(f"{self.total:,} problems in all{first}", self._fix))
         raise self._error(problems)

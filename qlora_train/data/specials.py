@@ -55,13 +55,13 @@ class SpecialText:
         return True
 
     def mark(self, row: MessagesRow) -> MessagesRow:
-        """The row with marks around the text that is to stay text."""
+        """The row with marks around the text that is to stay text. RowFault if the name of a field holds some."""
         messages: list[Message] = []
         for message in row.messages:
             literals = self._special if message["role"] == "assistant" else self._control
-            marked = {key: text if key == "role" else _mark(text, literals) for key, text in message.items()}
+            marked = {key: text if key == "role" else self._mark(text, literals) for key, text in message.items()}
             messages.append(marked)
-        return MessagesRow(row.where, tuple(messages), tuple(_mark(row.tools, self._control)), row.weights)
+        return MessagesRow(row.where, tuple(messages), tuple(self._mark(row.tools, self._control)), row.weights)
 
     def unmark(self, text: str) -> tuple[str, tuple[tuple[int, int], ...]]:
         """A rendering without the marks, and where the text between them stands in that."""
@@ -80,16 +80,18 @@ class SpecialText:
             places.append((start, length))
         return "".join([*pieces, text[at:]]), tuple(places)
 
-
-def _mark(value: Any, literals: re.Pattern[str]) -> Any:
-    """Plain data with marks around the literals in its texts."""
-    if isinstance(value, str):
-        return literals.sub(rf"{_OPEN}\g<0>{_CLOSE}", value)
-    if isinstance(value, Mapping):
-        return {key: _mark(entry, literals) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_mark(entry, literals) for entry in value]
-    return value
+    def _mark(self, value: Any, literals: re.Pattern[str]) -> Any:
+        """Plain data with marks around the literals in its texts."""
+        if isinstance(value, str):
+            return literals.sub(rf"{_OPEN}\g<0>{_CLOSE}", value)
+        if isinstance(value, Mapping):
+            for key in value:  # a template looks fields up by their names: they cannot be marked
+                if found := self._control.search(key):
+                    raise RowFault(f"the row holds {found[0]!r} in the name of a field", "rename it")
+            return {key: self._mark(entry, literals) for key, entry in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._mark(entry, literals) for entry in value]
+        return value
 
 
 def without_marks(marked: str, position: int) -> int:

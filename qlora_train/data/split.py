@@ -11,20 +11,19 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from qlora_train.data.audit import FATES, Audit, Fate, Reasons, SourceAccount, losses
+from qlora_train.data.audit import EXAMPLES, FATES, Audit, Fate, Reasons, SourceAccount, losses
 from qlora_train.data.build import LEAST_CHARS_LIMIT, Reading
 from qlora_train.data.cache import CachedSource, cached
 from qlora_train.data.encode import Encoder
 from qlora_train.data.fates import CODE, ELSEWHERE, Side, choose
 from qlora_train.data.problems import ProblemList, SourceFault
 from qlora_train.data.reencode import Reencoder, read_rows
-from qlora_train.data.rows import Row
+from qlora_train.data.rows import MessagesRow, Row
 from qlora_train.data.sources.open import open_source
 from qlora_train.data.table import TokenTable, joined
 from qlora_train.errors import DataError, ModelError
 from qlora_train.recipe.schema import DataSection, Recipe, SourceSection
 
-_EXAMPLES = 3
 _ROWS_AT_ONCE = 4096
 
 
@@ -53,26 +52,31 @@ class Split:
         """Rows of `table` as they were written, read again from their sources."""
         return read_rows(self.sources, self.table.origins(indices))
 
+    def holds_conversations(self) -> bool:
+        """Whether the first row of any source is a conversation, which a chat template renders."""
+        firsts = np.unique(self.table.column("source"), return_index=True)[1]
+        return any(isinstance(row, MessagesRow) for row in self.read(firsts.tolist()))
+
     @cached_property
     def audit(self) -> Audit:
         """Every row counted, with the reasons of those that are not trained on whole."""
         reasons = Reasons()
         counts: dict[Fate, int] = {fate: int((self.fates == CODE[fate]).sum()) for fate in FATES}
         for fate in FATES[1:]:
-            found = np.flatnonzero(self.fates == CODE[fate]).tolist()
-            for number, index in enumerate(found[:_EXAMPLES]):
-                stands_for = 1 if number + 1 < min(len(found), _EXAMPLES) else len(found) - number
-                reasons.add(fate, self._reason(index, fate), self.whole.where(index), stands_for)
+            if counts[fate]:
+                first = np.flatnonzero(self.fates == CODE[fate])[:EXAMPLES].tolist()
+                told = [f"{self.whole.where(index)}: {self._reason(index, fate)}" for index in first]
+                reasons.add_kind(fate, self._kind(fate), counts[fate], told)
         lost = int(self.whole.lengths[self.fates == CODE["dropped"]].sum())
         lost += int((self.whole.lengths[self.fates == CODE["cut"]] - self.section.seq_len).sum())
         read = self.lengths_as_read()
-        mean_length = float(read.mean()) if len(read) else 0.0
+        num_chars = int(self.whole.column("num_chars").sum(dtype=np.int64))
+        tokens_per_char = int(self.whole.lengths.sum(dtype=np.int64)) / num_chars if num_chars else 0.25
         num_unread = 0
         for where, fate, fault in self._faults():
             counts[fate] += 1
-            num_unread += fault["num_tokens"] or round(mean_length)
+            num_unread += fault["num_tokens"] or round(fault["num_chars"] * tokens_per_char)
             reasons.add(fate, fault["what"], where)
-        facts = [source.facts for source in self.sources]
         return Audit(
             split=self.side,
             counts=counts,
@@ -82,9 +86,9 @@ class Split:
             num_supervised_tokens=int(self.table.num_supervised.sum()),
             num_read_tokens=int(read.sum()) + num_unread,
             num_lost_tokens=lost + num_unread,
-            num_plain_specials=sum(fact.num_plain_specials for fact in facts),
-            num_control_specials=sum(fact.num_control_specials for fact in facts),
-            num_context_turns=sum(fact.num_context_turns for fact in facts),
+            num_plain_specials=int(self.table.column("num_plain_specials").sum()),
+            num_control_specials=int(self.table.column("num_control_specials").sum()),
+            num_context_turns=int(self.table.column("num_context_turns").sum()),
         )
 
     def listed(self) -> Iterator[tuple[str, Fate, str]]:
@@ -110,37 +114,60 @@ class Split:
 
     def _faults(self) -> Iterator[tuple[str, Fate, dict[str, Any]]]:
         """Rows that never became tokens. Those of a set that is carved in two count on the training side."""
-        if self.side == "train" or self.section.split is None:
-            for source in self.sources:
-                for fault in source.faults():
-                    fate: Fate = "dropped" if fault["kind"] == "overlong" else "rejected"
-                    yield source.source.place(fault["number"]), fate, fault
+        for source in self.sources if self._owns_faults else ():
+            for fault in source.faults():
+                fate: Fate = "dropped" if fault["kind"] == "overlong" else "rejected"
+                yield source.source.place(fault["number"]), fate, fault
 
     def _accounts(self) -> tuple[SourceAccount, ...]:
-        trained = np.bincount(self.table.column("source"), minlength=len(self.sources))
-        entries = _entries(self.section, self.side)
+        count = len(self.sources)
+        read = np.bincount(self.whole.column("source")[self.fates != ELSEWHERE], minlength=count)
+        trained = np.bincount(self.table.column("source"), minlength=count)
         return tuple(
             SourceAccount(
-                source.source.name, source.facts.row_format, entry.weight, source.facts.num_rows, int(trained[index])
+                source.source.name,
+                source.facts.row_format,
+                entry.weight,
+                int(read[index]) + (source.facts.num_faults if self._owns_faults else 0),
+                int(trained[index]),
             )
-            for index, (source, entry) in enumerate(zip(self.sources, entries, strict=True))
+            for index, (source, entry) in enumerate(zip(self.sources, _entries(self.section, self.side), strict=True))
         )
+
+    @property
+    def _owns_faults(self) -> bool:
+        """Rows that never became tokens, of a set that is carved in two, count on the training side."""
+        return self.side == "train" or self.section.split is None
+
+    def _kind(self, fate: Fate) -> str:
+        """The reason without what differs from row to row."""
+        if fate == "cut":
+            return f"longer than {self.section.seq_len:,} tokens: cut there"
+        if fate == "dropped":
+            return f"longer than {self.section.seq_len:,} tokens{self._cut_away}"
+        if fate == "duplicate":
+            return "repeats an earlier row"
+        return f"held out: data.split is {self.section.split}" if fate == "held_out" else self._limit
+
+    @property
+    def _cut_away(self) -> str:
+        return ": cut there, it has nothing left to train" if self.section.overlong == "cut" else ""
+
+    @property
+    def _limit(self) -> str:
+        if self.side == "train":
+            return f"the recipe asks for a random subset of {self.section.max_train_rows:,} rows"
+        return f"the recipe asks for the first {self.section.max_eval_rows:,} rows"
 
     def _reason(self, index: int, fate: Fate) -> str:
         length, seq_len = int(self.whole.lengths[index]), self.section.seq_len
         if fate == "cut":
             return f"cut from {length:,} to {seq_len:,} tokens: it loses its end"
-        if fate == "dropped" and self.section.overlong == "cut":
-            return f"the row is {length:,} tokens long; cut to {seq_len:,}, it has nothing left to train"
         if fate == "dropped":
-            return f"the row is {length:,} tokens long; data.seq_len is {seq_len:,}"
+            return f"the row is {length:,} tokens long; data.seq_len is {seq_len:,}{self._cut_away}"
         if fate == "duplicate":
             return f"repeats {self.whole.where(self._first_of(index))}"
-        if fate == "held_out":
-            return f"held out for evaluation: data.split is {self.section.split:.4g}"
-        if self.side == "train":
-            return f"the recipe asks for a random subset of {self.section.max_train_rows:,} rows"
-        return f"the recipe asks for the first {self.section.max_eval_rows:,} rows"
+        return self._kind(fate)
 
     @cached_property
     def _first_of(self) -> Callable[[int], int]:
@@ -191,7 +218,7 @@ def _entries(section: DataSection, side: Side) -> tuple[SourceSection, ...]:
 def _open(section: DataSection, side: Side, tokenizer: PreTrainedTokenizerBase) -> tuple[CachedSource, ...]:
     """The sources of a side as tables; DataError with what is wrong in any of them."""
     max_chars = max(LEAST_CHARS_LIMIT, section.seq_len * Encoder(tokenizer).longest_piece)
-    found, problems = [], ProblemList()
+    found, problems = [], ProblemList("mend them and start again")
     for entry in _entries(section, side):
         reading = Reading(
             row_format=entry.format or section.format,
@@ -211,22 +238,21 @@ def _open(section: DataSection, side: Side, tokenizer: PreTrainedTokenizerBase) 
 
 def _refuse_bad(split: Split) -> None:
     """The first rows, and the number of all, that the recipe does not allow to be left out."""
-    problems = ProblemList()
-    for source in split.sources if split.side == "train" or split.section.split is None else ():
-        for fault in source.faults() if source.facts.num_faults else ():
-            where = source.source.place(fault["number"])
-            if fault["kind"] == "overlong" and split.section.overlong == "fail":
-                problems.add(fault["what"], _OVERLONG_FIX, where)
-            elif fault["kind"] != "overlong" and split.section.bad_rows == "fail":
-                problems.add(
-                    fault["what"], fault["fix"], where, ModelError if fault["kind"] == "template" else DataError
-                )
-    if split.section.overlong == "fail":
+    section, bad, overlong = split.section, ProblemList(_BAD_FIX), ProblemList(_OVERLONG_FIX)
+    for where, fate, fault in split._faults():
+        if fate == "rejected" and section.bad_rows == "fail":
+            error = ModelError if fault["kind"] == "template" else DataError
+            bad.add(fault["what"], fault["fix"], where, error)
+        elif fate == "dropped" and section.overlong == "fail":
+            overlong.add(fault["what"], _OVERLONG_FIX, where)
+    bad.raise_if_any()
+    if section.overlong == "fail":
         for index in np.flatnonzero(split.fates == CODE["dropped"]).tolist():
-            problems.add(split._reason(index, "dropped"), _OVERLONG_FIX, split.whole.where(index))
-    problems.raise_if_any()
+            overlong.add(split._reason(index, "dropped"), _OVERLONG_FIX, split.whole.where(index))
+    overlong.raise_if_any()
 
 
+_BAD_FIX = "mend them and start again, or set data.bad_rows: skip to leave such rows out and list them"
 _OVERLONG_FIX = "raise data.seq_len, or set data.overlong: drop"
 
 
@@ -234,6 +260,9 @@ def _nothing_left(split: Split) -> DataError:
     """The error for a side of which no row can be trained on, with the commonest reason."""
     audit = split.audit
     causes = losses(audit.reasons)
+    if not causes and audit.counts["held_out"]:
+        what = f"data.split holds out all {audit.num_rows:,} rows: rows of equal content stay on one side"
+        return DataError(what, fix="give more rows that differ, or name held-out rows in data.eval")
     if not causes:
         return DataError(f"0 trainable rows of {audit.num_rows:,} in {split.side}", fix="give more rows")
     cause = causes[0]

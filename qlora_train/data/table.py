@@ -24,6 +24,9 @@ SCHEMA = pa.schema(
         ("num_tokens", pa.int32()),
         ("num_supervised", pa.int32()),
         ("num_chars", pa.int32()),
+        ("num_plain_specials", pa.int32()),  # special tokens' text inside content, encoded as text
+        ("num_control_specials", pa.int32()),  # the same inside verbatim text: control tokens
+        ("num_context_turns", pa.int32()),  # answers that stay context because the template drops their reasoning
         ("content_hash", pa.uint64()),  # of the whole row as it was written
         ("prompt_hash", pa.uint64()),  # of the row without its last answer
         ("source", pa.int16()),  # index of the source in the recipe
@@ -215,6 +218,7 @@ def record_batch(rows: Sequence[TokenRow], *, with_ids: bool = True, **columns: 
     counts: dict[str, Sequence[int]] = {
         "num_tokens": [len(row.ids) for row in rows],
         "num_supervised": [int((row.span_stops - row.span_starts).sum()) for row in rows],
+        **{name: [0] * len(rows) for name in ("num_plain_specials", "num_control_specials", "num_context_turns")},
     }
     schema = SCHEMA if with_ids else SCHEMA.remove(SCHEMA.get_field_index("input_ids"))
     arrays = []

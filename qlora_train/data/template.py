@@ -252,6 +252,8 @@ class Renderer:
         if reply[0] == "fault":
             raise self._fault(reply)
         _, whole, marks, others = reply
+        if not whole.strip():
+            raise TemplateFault("the chat template renders nothing for this row", f"mend the row, or {TEMPLATE_FIX}")
         assert self._templates is not None
         beginnings: list[Beginning] = [self._fault(other) if isinstance(other, list) else other for other in others]
         plain: tuple[tuple[int, int], ...] = ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 
 from qlora_train.data.encode import Encoder
 from qlora_train.data.loader import eval_batches
+from qlora_train.data.problems import RowFault
 from qlora_train.data.split import Split
 from qlora_train.data.template import Renderer, last_question
 from qlora_train.evaluate.tasks import Question, TaskScores, answer, mean_scores
@@ -55,7 +57,10 @@ class SideScores:
 
 
 def questions_of(split: Split, tokenizer: Any, limit: int) -> list[Question]:
-    """What the first rows of a split ask, of those that the loss is measured on; rows of plain text ask nothing."""
+    """What the first rows of a split ask, of those that the loss is measured on.
+
+    Rows of plain text ask nothing. Others have no answer to compare with, as one whose last answer is not trained.
+    """
     questions: list[Question] = []
     encoder = Encoder(tokenizer)
     with Renderer(tokenizer, "completion") as renderer:
@@ -63,10 +68,11 @@ def questions_of(split: Split, tokenizer: Any, limit: int) -> list[Question]:
             for row in split.read(range(start, min(start + _ROWS_AT_A_TIME, split.table.num_rows))):
                 if len(questions) == limit:
                     return questions
-                if found := renderer.question(row):
-                    prompt, reference = found
-                    asked = last_question(row)
-                    questions.append(Question(row.where, asked, tuple(encoder.ids(prompt)), reference))
+                with suppress(RowFault):
+                    if found := renderer.question(row):
+                        prompt, reference = found
+                        ids = tuple(encoder.ids(prompt))
+                        questions.append(Question(row.where, last_question(row), ids, reference))
     return questions
 
 

@@ -37,7 +37,8 @@ def golden_prompts(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> l
     """Prompts as training sees them: those of the first rows and the rows whole, and some that are easily got wrong.
 
     Left out is what the chat template refuses, as a system prompt in some, and a conversation with special-token text
-    in which an answer writes tokens such as <think>: no switch of transformers tells the two apart.
+    in which an answer writes tokens such as <think>: no switch of transformers tells the two apart. ModelError where
+    nothing is left though there is a chat template.
     """
     encoder = Encoder(tokenizer)
     golden: list[Golden] = []
@@ -48,6 +49,11 @@ def golden_prompts(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> l
                     golden += _golden(prompt, renderer, encoder, tokenizer)
                 except RowFault:
                     continue
+    if tokenizer.chat_template and not golden:
+        raise ModelError(
+            f"no prompt could be compared with training: the chat template of {tokenizer.name_or_path!r} refuses all",
+            fix="give a chat template that renders a question of a user and its answer",
+        )
     return golden
 
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from qlora_train.data.fates import Side
 from qlora_train.data.loader import eval_batches
-from qlora_train.data.split import Split, holds_out, load_split
+from qlora_train.data.split import Split, holds_out
 from qlora_train.errors import ModelError
 from qlora_train.evaluate.compare import Distance, distance, observe
 from qlora_train.model.causal import CausalModel
@@ -64,10 +64,9 @@ def load_merged(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
 
 def rows_to_verify(run: FinishedRun, tokenizer: Any) -> Split:
     """The first `export.verify_rows` held-out rows; training rows where the recipe names no others."""
-    recipe = run.recipe
-    side: Side = "eval" if holds_out(recipe.data) else "train"
-    limits = {"max_eval_rows": recipe.export.verify_rows, "max_train_rows": recipe.export.verify_rows}
-    return load_split(recipe.data.model_copy(update=limits), side, tokenizer, recipe.run.seed)
+    limit = run.recipe.export.verify_rows
+    side: Side = "eval" if holds_out(run.recipe.data) else "train"
+    return run.load_split(side, tokenizer, max_eval_rows=limit, max_train_rows=limit)
 
 
 def verify(run: FinishedRun, merged_folder: Path, split: Split, pad_token_id: int) -> Verdict:

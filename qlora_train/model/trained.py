@@ -11,7 +11,9 @@ from peft import PeftModel
 
 from qlora_train.adapters.attach import load_adapter
 from qlora_train.artifacts import RunDir, manifest_faults, read_json
-from qlora_train.errors import ModelError
+from qlora_train.data.fates import Side
+from qlora_train.data.split import Split, load_split
+from qlora_train.errors import DataError, ModelError
 from qlora_train.model.load import Base, add_end_tokens, load_recipe_base
 from qlora_train.model.skeleton import load_tokenizer
 from qlora_train.model.source import Source, resolve_source
@@ -39,6 +41,26 @@ class FinishedRun:
         template = self.run_dir.chat_template
         return load_tokenizer(source, template if template.is_file() else None)
 
+    def load_split(self, side: Side, tokenizer: Any, **changes: Any) -> Split:
+        """Rows of the recipe, with `changes` to its data section. DataError where held-out rows cannot be told again.
+
+        Rows that `data.split` held out are those of lowest hash among all: from other files it would choose others,
+        and rows that were trained on would pass for held-out ones.
+        """
+        section = self.recipe.data.model_copy(update=changes)
+        split = load_split(section, side, tokenizer, self.recipe.run.seed)
+        if section.split is not None:
+            then = {entry["name"]: entry["sha256"] for entry in read_json(self.run_dir.data)["files"]}
+            for source in split.sources:
+                if then.get(source.source.name) != source.digest:
+                    raise DataError(
+                        f"the rows of this run were held out by data.split: {section.split}, and "
+                        f"{source.source.name} has changed since: {str(then.get(source.source.name))[:16]} then, "
+                        f"{source.digest[:16]} now",
+                        fix="restore the file, or name held-out rows: data.eval=FILE",
+                    )
+        return split
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -52,7 +74,9 @@ class Trained:
 
 
 def open_run(folder: Path, overrides: Sequence[str] = (), *, sections: Sequence[str] = ()) -> FinishedRun:
-    """Read a run folder that holds an adapter; `overrides` may change keys of `sections` in its recipe.
+    """Read a run folder that holds an adapter; `overrides` may change keys of its recipe in `sections`.
+
+    An entry of `sections` is a section or one key of it, dotted.
 
     ModelError when it is no run folder or the run did not end, RecipeError for an override that is out of place.
     """
@@ -66,6 +90,8 @@ def open_run(folder: Path, overrides: Sequence[str] = (), *, sections: Sequence[
     if faults := manifest_faults(run_dir.adapter):
         raise ModelError(f"{run_dir.adapter}: {'; '.join(faults)}", fix="restore the folder, or train again")
     recipe = with_overrides(load_resolved(run_dir.recipe), overrides, sections)
+    if recipe.data.eval and recipe.data.split is not None:  # held-out rows of its own, named for this occasion
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"split": None})})
     base = read_json(run_dir.base)
     return FinishedRun(run_dir, recipe, BasePrint.from_dict(base), base["source"]["commit"])
 
@@ -80,6 +106,13 @@ def load_trained(run: FinishedRun) -> Trained:
     model = load_adapter(base.model, run.run_dir.adapter)
     model.eval()
     return Trained(run, base, model, run.tokenizer(source), data["conversations"])
+
+
+# What may be said anew of the rows that a finished run is measured on.
+MEASURED_ON = tuple(
+    f"data.{key}"
+    for key in ("eval", "max_eval_rows", "format", "columns", "seq_len", "overlong", "bad_rows", "max_lost_frac")
+)
 
 
 def refuse_other_base(trained_on: BasePrint, here: BasePrint) -> None:

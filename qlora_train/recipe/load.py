@@ -91,14 +91,12 @@ def load_resolved(path: Path) -> Recipe:
 
 
 def with_overrides(recipe: Recipe, overrides: Sequence[str], sections: Sequence[str]) -> Recipe:
-    """A loaded recipe with `section.key=value` overrides, of the named sections only."""
+    """A loaded recipe with `section.key=value` overrides, of the named sections or keys only."""
     draft = _Draft({}, set(), {}, [])
     _apply_overrides(draft, overrides)
     for dotted in draft.settings:
-        if dotted.partition(".")[0] not in sections:
-            draft.add(
-                f"{dotted}: cannot be changed here", f"only these sections can: {', '.join(sections)}", COMMAND_LINE
-            )
+        if dotted not in sections and dotted.partition(".")[0] not in sections:
+            draft.add(f"{dotted}: cannot be changed here", f"only these can: {', '.join(sections)}", COMMAND_LINE)
     built = _build(draft, COMMAND_LINE, recipe)
     changed = Recipe.model_construct(**cast(dict[str, Any], built))
     found = cross_check(changed, dict.fromkeys(draft.settings, COMMAND_LINE), unparsed=KEYS.keys() - built.keys())

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from qlora_train.errors import Problem, RecipeError
+from qlora_train.recipe.sources import is_hub_id
 
 MAX_BYTES = 2**20
 MAX_DEPTH = 16
@@ -287,8 +288,8 @@ def _model_path(text: str, folder: Path | None) -> str | Unusable:
 
 
 def _source_path(text: str, folder: Path | None) -> str | Unusable:
-    """A local file or folder of rows as an absolute path; `owner/name` without an extension as it is."""
-    return _local_or_hub(text, folder, local=not re.fullmatch(r"[\w.-]+/[\w-]+", text)) if text else text
+    """A local file or folder of rows as an absolute path; a hub id as it is."""
+    return _local_or_hub(text, folder, local=not is_hub_id(text)) if text else text
 
 
 def _local_or_hub(text: str, folder: Path | None, *, local: bool) -> str | Unusable:

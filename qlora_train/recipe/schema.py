@@ -105,8 +105,8 @@ class DataSection(Section):
     eval: tuple[SourceSection, ...] = Field((), description="Sources of held-out rows: never trained on.")
     split: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] | None = Field(
         None,
-        description="Share of the training rows to hold out, e.g. 5%. Chosen by their content: the same rows whatever "
-        "the seed, and equal rows stay on one side.",
+        description="Share of the training rows to hold out, e.g. 5%. Chosen by what they ask: the same rows whatever "
+        "the seed, and rows that ask the same stay on one side.",
     )
     format: Format = Field("auto", description="Shape of the rows. auto: told by the columns of a source's first row.")
     columns: dict[Name, Name] = Field({}, description="Our column names and theirs, e.g. {messages: dialogue}.")
@@ -125,7 +125,7 @@ class DataSection(Section):
     overlong: Literal["drop", "cut", "fail"] = Field(
         "drop",
         description="What happens to a row longer than seq_len: left out and listed; cut to seq_len, which loses its "
-        "end, and listed; or an error.",
+        "end, and listed (above a million characters left out); or an error.",
     )
     max_lost_frac: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = Field(
         0.05,

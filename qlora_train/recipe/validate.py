@@ -10,8 +10,9 @@ from pathlib import Path
 
 from qlora_train.errors import Problem
 from qlora_train.recipe.methods import METHODS
-from qlora_train.recipe.reader import kind_of
+from qlora_train.recipe.reader import kind_of, printable
 from qlora_train.recipe.schema import Recipe, SourceSection
+from qlora_train.recipe.sources import COLUMN_NAMES
 
 Origins = Mapping[str, str]
 
@@ -208,7 +209,10 @@ def _loss_on_text(recipe: Recipe, origins: Origins) -> Iterator[Problem]:
 
 def _same_file(recipe: Recipe, origins: Origins) -> Iterator[Problem]:
     def identity(source: SourceSection) -> tuple[str, str, str | None]:
-        return os.path.realpath(source.path), source.split, source.subset
+        path, kind = os.path.realpath(source.path), kind_of(Path(source.path))
+        if kind is None:
+            return path, source.split, source.subset
+        return path, "" if kind == "file" else source.split, None
 
     train = {identity(source) for source in recipe.data.train}
     for source in recipe.data.eval:
@@ -237,9 +241,28 @@ def _source_keys(recipe: Recipe, origins: Origins) -> Iterator[Problem]:
                     if getattr(source, field) is not None:
                         what = f"{name}.{field} has no effect: {source.path} is a local path"
                         yield Problem(what, f"remove {field}; it belongs to hub ids", _where(origins, f"data.{key}"))
+            if source.split != "train" and kind_of(Path(source.path)) == "file":
+                what = f"{name}.split has no effect: {source.path} is one file, read whole"
+                fix = "remove split; it belongs to hub ids and folders"
+                yield Problem(what, fix, _where(origins, f"data.{key}"))
             if key == "eval" and source.weight != 1:
                 what = f"{name}.weight has no effect: held-out rows are measured once each"
                 yield Problem(what, "remove weight", _where(origins, "data.eval"))
+
+
+def _column_names(recipe: Recipe, origins: Origins) -> Iterator[Problem]:
+    """Names in column maps that no format has."""
+    data = recipe.data
+    maps = [("data.columns", "data.columns", data.columns)]
+    for key, sources in (("data.train", data.train), ("data.eval", data.eval)):
+        maps += [(key, f"{key}[{index}].columns", source.columns) for index, source in enumerate(sources)]
+    for key, name, columns in maps:
+        for ours in columns:
+            if ours not in COLUMN_NAMES:
+                close = nearest(ours, COLUMN_NAMES)
+                fix = f"did you mean {' or '.join(close)}? " if close else ""
+                fix += f"Write our name first, then the file's. Ours are: {', '.join(COLUMN_NAMES)}"
+                yield Problem(f"{name}: no format has a column {printable(ours)!r}", fix, _where(origins, key))
 
 
 def _attention_of_packs(recipe: Recipe, origins: Origins) -> Iterator[Problem]:
@@ -300,6 +323,7 @@ _CHECKS: tuple[tuple[tuple[str, ...], Callable[[Recipe, Origins], Iterator[Probl
     (("eval", "data"), _eval_without_data),
     (("data",), _two_held_out),
     (("data",), _source_keys),
+    (("data",), _column_names),
     (("data", "model"), _attention_of_packs),
     (("data",), _loss_on_text),
     (("data",), _same_file),

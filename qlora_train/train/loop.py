@@ -43,8 +43,7 @@ class Job:
     @property
     def num_steps(self) -> int:
         """Optimiser steps of the whole run."""
-        steps = self.loader.num_steps(self.recipe.train.epochs)
-        return min(steps, self.recipe.train.max_steps or steps)
+        return self.loader.num_steps(self.recipe.train.epochs, self.recipe.train.max_steps)
 
 
 def run_loop(job: Job, state: TrainState, metrics: Metrics, stop: StopRequest) -> Validation | None:
@@ -55,11 +54,12 @@ def run_loop(job: Job, state: TrainState, metrics: Metrics, stop: StopRequest) -
     """
     _check_position(job.loader, state)
     train, seed, device = job.recipe.train, job.recipe.run.seed, job.accelerator.device
+    num_steps = job.num_steps
     validation: Validation | None = None
     job.model.train()
-    for step in range(state.step, job.num_steps):
+    for step in range(state.step, num_steps):
         started = time.perf_counter()
-        learning_rate = train.learning_rate * lr_factor(step, job.num_steps, train.warmup_frac, train.schedule)
+        learning_rate = train.learning_rate * lr_factor(step, num_steps, train.warmup_frac, train.schedule)
         result = train_step(
             job.causal,
             job.loader.step(step),
@@ -78,17 +78,17 @@ def run_loop(job: Job, state: TrainState, metrics: Metrics, stop: StopRequest) -
         state.num_supervised_tokens += result.num_supervised_tokens
         progress = Progress(
             step=state.step,
-            num_steps=job.num_steps,
+            num_steps=num_steps,
             loss=result.loss,
             grad_norm=result.grad_norm,
             learning_rate=learning_rate,
             supervised_tokens_per_s=result.num_supervised_tokens / step_s,
             tokens_per_s=result.num_tokens / step_s,
-            eta_s=state.train_s / state.step * (job.num_steps - state.step),
+            eta_s=state.train_s / state.step * (num_steps - state.step),
             memory_gib=peak_memory_bytes(device) / 2**30,
         )
         job.reporter.step(progress)
-        is_last = state.step == job.num_steps
+        is_last = state.step == num_steps
         if is_last or state.step % job.recipe.run.log_every == 0:
             metrics.write(
                 "train",
@@ -111,6 +111,7 @@ def run_loop(job: Job, state: TrainState, metrics: Metrics, stop: StopRequest) -
             if is_best:
                 state.best_step, state.best_eval_loss = state.step, validation.loss
         if is_last or is_best or stop.signal_number is not None or _due(state.step, train.save_every):
+            state.plan_sha256 = job.loader.plan_digest(state.step)
             checkpoint = save_checkpoint(job.run_dir, state, job.model, job.optimizer, job.binding)
             retire_old(job.run_dir, train.keep, state.best_step)
             if stop.signal_number is not None and not is_last:
@@ -120,11 +121,16 @@ def run_loop(job: Job, state: TrainState, metrics: Metrics, stop: StopRequest) -
 
 def _check_position(loader: Loader, state: TrainState) -> None:
     """The next rows are exactly those that would have come."""
+    if state.step == 0:
+        return
+    what = ""
     if (expected := loader.rows_before(state.step)) != state.num_rows:
-        raise ResumeError(
-            f"{state.num_rows:,} rows were consumed by step {state.step}, {expected:,} in today's order of the data",
-            fix="resume with the version that began the run, or start a new run in another run.dir",
-        )
+        what = f"{state.num_rows:,} rows were consumed by step {state.step}, {expected:,} in today's order of the data"
+    elif (digest := loader.plan_digest(state.step)) != state.plan_sha256:
+        what = f"the order of the rows at step {state.step} is {digest[:16]} today, and was {state.plan_sha256[:16]}"
+    if what:
+        fix = "resume with the code and the library versions that began the run, or start a new run in another run.dir"
+        raise ResumeError(what, fix=fix)
 
 
 def _due(step: int, every: int) -> bool:

@@ -27,7 +27,6 @@ from qlora_train.artifacts import (
     write_json,
 )
 from qlora_train.data.account import account_for, write_account
-from qlora_train.data.rows import MessagesRow
 from qlora_train.environment import environment
 from qlora_train.errors import RecipeError, ResumeError
 from qlora_train.evaluate.sides import SideScores, score_side
@@ -99,6 +98,7 @@ def run_training(loaded: LoadedRecipe, *, resume: bool, from_step: int | None, r
             run_dir.summary.unlink(missing_ok=True)
             retire_newer(run_dir, state.step)
             _forget_lost_best(run_dir, state, reporter)
+            _forget_other_best(prepared, state)
             reporter.message(f"resumed from {checkpoint.folder.name}")
         packed = recipe.data.batching == "packed"
         checked = selfcheck(
@@ -152,7 +152,7 @@ def refuse_used(run_dir: RunDir) -> None:
     if steps := list_steps(run_dir):
         raise RecipeError(
             f"run.dir: {run_dir.root} already holds a run with checkpoints up to step {max(steps)}",
-            fix="go on with --resume, remove the folder, or choose another run.dir",
+            fix="choose another run.dir, or remove the folder; training goes on with `train --resume`",
         )
     # A run that ended before its first checkpoint left facts behind that the next one writes anew.
     own = {path.name for path in run_dir.facts()}
@@ -205,10 +205,15 @@ def _write_facts(loaded: LoadedRecipe, prepared: Prepared, checked: SelfCheck) -
     train, held_out = inputs.train, inputs.eval
     account = account_for(recipe, train, held_out, inputs.tokenizer, prepared.job.loader)
     facts = {
-        "files": {s.source.name: s.source.digest() for split in (train, held_out) if split for s in split.sources},
+        "files": [
+            {"name": source.source.name, "kind": source.source.kind, "sha256": source.digest}
+            for split in (train, held_out)
+            if split
+            for source in split.sources
+        ],
         "selfcheck": checked.as_dict(),
         "end_token_ids": train.end_token_ids,
-        "conversations": isinstance(train.read([0])[0], MessagesRow),
+        "conversations": train.holds_conversations(),
     }
     write_account(run_dir, {**account.as_dict(recipe), **facts}, train, held_out)
 
@@ -231,16 +236,38 @@ def _describe(prepared: Prepared, reporter: Reporter) -> None:
     )
 
 
+def _measured_on(prepared: Prepared) -> dict[str, Any]:
+    """What figures of base and adapter depend on besides the model: they compare only where it is the same."""
+    split, section = prepared.inputs.eval, prepared.job.recipe.eval
+    rows = split.table.fingerprint() if split else None
+    return {"rows": rows, "generate_rows": section.generate_rows, "max_new_tokens": section.max_new_tokens}
+
+
+def _stored_scores(prepared: Prepared) -> dict[str, Any]:
+    """What `eval.json` holds of an earlier part of this run."""
+    path = prepared.job.run_dir.evaluation
+    return dict(read_json(path)) if path.is_file() else {"measured_on": {}}
+
+
+def _forget_other_best(prepared: Prepared, state: TrainState) -> None:
+    """A held-out loss says which checkpoint is best only among those measured on the same rows."""
+    if state.best_step is None:
+        return
+    if _stored_scores(prepared)["measured_on"].get("rows") != _measured_on(prepared)["rows"]:
+        prepared.job.reporter.warning("the held-out rows have changed: which checkpoint is best is judged from here on")
+        state.best_step = state.best_eval_loss = None
+
+
 def _base_scores(prepared: Prepared, *, resumed: bool) -> SideScores | None:
     """The base without the adapter; measured once per run, whatever is resumed."""
     path, split, job = prepared.job.run_dir.evaluation, prepared.inputs.eval, prepared.job
     if split is None:
         return None
-    if resumed and path.is_file():
-        return SideScores.from_dict(read_json(path)["base"])
+    if resumed and (stored := _stored_scores(prepared))["measured_on"] == _measured_on(prepared):
+        return SideScores.from_dict(stored["base"])
     with job.model.disable_adapter():
         scores = score_side(job.causal, prepared.inputs.tokenizer, split, job.recipe.eval)
-    write_json(path, {"base": scores.as_dict(), "adapter": None})
+    write_json(path, {"measured_on": _measured_on(prepared), "base": scores.as_dict(), "adapter": None})
     job.reporter.evaluation(0, scores.loss)
     return scores
 
@@ -260,8 +287,7 @@ def _adapter_scores(prepared: Prepared, state: TrainState, validation: Validatio
         job.recipe.eval,
         validation=validation or evaluate_now(job, split.table),
     )
-    base = read_json(job.run_dir.evaluation)["base"]
-    write_json(job.run_dir.evaluation, {"base": base, "adapter": scores.as_dict()})
+    write_json(job.run_dir.evaluation, {**read_json(job.run_dir.evaluation), "adapter": scores.as_dict()})
     return scores
 
 

@@ -12,10 +12,15 @@ from torch import Tensor
 from qlora_train.data.loader import MicroBatch, collate
 from qlora_train.data.table import TokenTable
 from qlora_train.errors import ModelError
+from qlora_train.model.attention import PLAIN_TOKENS
 from qlora_train.model.causal import CausalModel
 
 MAX_ROWS = 4
-MAX_TOKENS = 1024  # some ten forward passes of at most so many: seconds on a CPU, for two rows that are not longer
+MAX_TOKENS = 1024  # of the short rows, unless the two shortest hold more
+# Attention takes another path above PLAIN_TOKENS, and sliding windows are wider than short rows: one long row besides.
+MAX_LONG_TOKENS = 2048
+# So some ten forward passes of at most 3,072 tokens (padded 3 x 2,048), or of the two shortest rows: seconds on a CPU
+# for a small model.
 # Of the loss. The two paths add up in another order, and each sum is rounded anew: float32 (2^-24) stays below 1e-6 on
 # the models of the tests, bfloat16 (2^-9 a rounding) below 1e-3 on them and on SmolLM2. A row that reads its neighbour
 # differs in every logit after the first; that no bit of it changes is checked besides, without a tolerance.
@@ -51,7 +56,7 @@ class SelfCheck:
 def selfcheck(
     causal: CausalModel, table: TokenTable, pad_token_id: int, device: torch.device, *, packed: bool
 ) -> SelfCheck:
-    """Compare a few of the shortest rows together, as training batches them, with each alone; else ModelError.
+    """Compare a few rows together, as training batches them, with each alone; else ModelError.
 
     Packed: furthermore, replacing the first token of a row leaves every other row's hidden states the same to the bit;
     with a mixture of experts, whose matmuls join the tokens of all rows by expert, the same up to rounding.
@@ -86,11 +91,18 @@ def _has_experts(config: Any) -> bool:
 
 
 def _rows(table: TokenTable) -> list[int]:
-    """Two to four of the shortest rows that are supervised; a single one stands for two."""
+    """Two to four of the shortest rows that are supervised; a single one stands for two.
+
+    Where all of them are short and a longer row is not too long, the longest such row between the two shortest.
+    """
     supervised = np.flatnonzero(table.num_supervised)
-    shortest = supervised[np.argsort(table.lengths[supervised], kind="stable")][:MAX_ROWS]
-    fitting = max(2, int((np.cumsum(table.lengths[shortest], dtype=np.int64) <= MAX_TOKENS).sum()))
-    rows: list[int] = shortest[:fitting].tolist()
+    by_length = supervised[np.argsort(table.lengths[supervised], kind="stable")]
+    lengths = table.lengths[by_length]
+    fitting = max(2, int((np.cumsum(lengths[:MAX_ROWS], dtype=np.int64) <= MAX_TOKENS).sum()))
+    rows: list[int] = by_length[:fitting].tolist()
+    last = int(np.searchsorted(lengths, MAX_LONG_TOKENS, side="right")) - 1
+    if lengths[:fitting].max() <= PLAIN_TOKENS < lengths[last]:
+        rows = [rows[0], int(by_length[last]), rows[1]]
     return rows if len(rows) > 1 else rows * 2
 
 

@@ -38,11 +38,13 @@ NEUTRAL_KEYS = frozenset(
 class TrainState:
     """Counters at the end of a step. Randomness and data order follow from `step` and the seed.
 
-    `num_rows` says where in the data that is, each pass over a row counting; a resume checks it against its own order.
+    `num_rows` says where in the data that is, each pass over a row counting, and `plan_sha256` in which order: that of
+    the epoch of the next step, taken when a checkpoint is made. A resume checks both against its own.
     """
 
     step: int = 0
     num_rows: int = 0
+    plan_sha256: str = ""
     num_tokens: int = 0
     num_supervised_tokens: int = 0
     train_s: float = 0.0

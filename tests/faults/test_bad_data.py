@@ -252,3 +252,44 @@ def test_streaming_trains_what_the_cache_trains(tmp_path: Path, tiny_llama_dir: 
         assert outcome.code == 0, outcome.err
         losses.append(json.loads(outcome.out)["adapter"]["loss"])
     assert losses[0] == losses[1]
+
+
+ANSWERED = {
+    "messages": {"messages": [USER, ANSWER]},
+    "sharegpt": {"conversations": [{"from": "human", "value": "list files"}, {"from": "gpt", "value": "ls"}]},
+    "alpaca": {"instruction": "list files", "input": "", "output": "ls"},
+    "prompt_completion": {"prompt": "list files:", "completion": " ls"},
+    "text": {"text": "list files: ls"},
+}
+
+
+@pytest.mark.parametrize("row_format", ANSWERED)
+def test_each_format_is_told_by_its_columns(row_format: str, tmp_path: Path, tiny_llama_dir: Path) -> None:
+    write_rows(tmp_path / "train.jsonl", [ANSWERED[row_format]] * 3)
+    outcome = run_cli("data", write_recipe(tmp_path, tiny_llama_dir))
+    assert outcome.code == 0 and "train: 3 of 3 rows" in outcome.out and f"format {row_format}" in outcome.out
+
+
+def test_a_run_is_measured_on_the_rows_that_it_held_out(tmp_path: Path, tiny_llama_dir: Path) -> None:
+    """Not on others that the same share of a changed file would be; and on other rows where they are named."""
+    write_rows(tmp_path / "train.jsonl", chat_rows(20))
+    changes = {"data__eval": [], "data__split": "20%", "train__max_steps": 1, "eval__generate_rows": 0}
+    assert run_cli("train", write_recipe(tmp_path, tiny_llama_dir, **changes)).code == 0
+    run = tmp_path / "run"
+    assert json.loads(run_cli("eval", run, "--json").out)["adapter"]["num_rows"] == 4
+    other = run_cli("eval", run, "--rows", tmp_path / "test.jsonl", "--json")
+    assert other.code == 0 and json.loads(other.out)["adapter"]["num_rows"] == 6, other.err
+    refused(run_cli("eval", run, "data.split=50%"), 2, "data.split: cannot be changed here")
+    write_rows(tmp_path / "train.jsonl", chat_rows(30))
+    refused(run_cli("eval", run), 3, "train.jsonl has changed since", "data.eval=FILE")
+    refused(run_cli("export", run, tmp_path / "out"), 3, "train.jsonl has changed since")
+    assert run_cli("export", run, tmp_path / "out", f"data.eval={tmp_path / 'test.jsonl'}").code == 0
+
+
+def test_a_resume_may_be_measured_otherwise(tmp_path: Path, tiny_llama_dir: Path) -> None:
+    recipe = write_recipe(tmp_path, tiny_llama_dir, train__save_every=1)
+    assert run_cli("train", recipe, "train.max_steps=3").code == 0
+    outcome = run_cli("train", recipe, "train.max_steps=3", "--resume", "--from", "2", "eval.generate_rows=4", "--json")
+    assert outcome.code == 0, outcome.err
+    result = json.loads(outcome.out)
+    assert len(result["base"]["answers"]) == len(result["adapter"]["answers"]) == 4

@@ -77,7 +77,7 @@ def earlier(folder: Path, recipe: Path) -> dict[str, Any] | None:
         same = (
             all(then[key] == now[key] for key in ("code_sha256", "versions", "cpu_capability")),
             load_resolved(run.recipe) == wanted,
-            files == {path: open_source(path).digest() for path in files},
+            all(entry["sha256"] == open_source(entry["name"]).digest() for entry in files),
             base["file_sha256"] == resolve_source(wanted.model).file_sha256,
             not manifest_faults(run.adapter),
         )

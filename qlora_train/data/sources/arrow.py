@@ -16,6 +16,8 @@ _MAGIC = b"ARROW1"
 class ArrowSource(ColumnarSource):
     """One Arrow file, or several that follow one another."""
 
+    kind = "arrow"
+
     def __init__(self, name: str, paths: Sequence[Path], in_folder: bool = False) -> None:
         super().__init__(name)
         self._files = [DataFile(path) for path in paths]

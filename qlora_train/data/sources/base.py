@@ -8,8 +8,9 @@ from typing import NamedTuple, Protocol
 from qlora_train.data.problems import RowFault
 
 Columns = dict[str, object]  # plain JSON values
-# Called with the row's number, what is wrong, and the row as it stands in the file (for `rejected.jsonl`).
-OnFault = Callable[[int, RowFault, str], None]
+# Called with the row's number, what is wrong, the row as it stands in the file (for `rejected.jsonl`; of a very long
+# one only the beginning, or nothing), and how many bytes it has there (0: unknown).
+OnFault = Callable[[int, RowFault, str, int], None]
 
 
 class RawRow(NamedTuple):
@@ -24,6 +25,7 @@ class Source(Protocol):
     """Rows of one file, folder or hub data set. Holds no row in memory after it was handed out."""
 
     name: str  # as the user wrote it
+    kind: str  # how the bytes are read: the same bytes give other rows under another kind
 
     def place(self, number: int) -> str:
         """Where a row stands, for messages: `path:417`, or `path: row 417` where there are no lines."""

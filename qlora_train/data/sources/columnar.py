@@ -23,6 +23,8 @@ _Mend = Callable[[object], object]
 class ColumnarSource(ABC):
     """A source whose rows have numbers instead of lines."""
 
+    kind: str
+
     def __init__(self, name: str) -> None:
         self.name = name
 

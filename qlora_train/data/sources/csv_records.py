@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,14 +15,15 @@ from qlora_train.data.sources.decode import MAX_ROW_BYTES, not_utf8, too_long
 from qlora_train.data.sources.files import DataFile, digest_of, gone, no_rows
 from qlora_train.data.sources.jsonl import BOM, SKIP_BYTES
 
-_Record = tuple[int, int, list[str] | RowFault, str]  # first line's number and byte offset, cells, text
+_Record = tuple[int, int, list[str] | RowFault, str, int]  # first line's number and byte offset, cells, text, bytes
+_QUOTED = re.compile(r'"[^"]*+(?:""[^"]*+)*+"')
 
 
 class CsvSource:
     """A file whose first record names the columns. A record's place is the line it begins on."""
 
     def __init__(self, name: str, path: Path, delimiter: str) -> None:
-        self.name = name
+        self.name, self.kind = name, f"csv:{delimiter}"
         self._path, self._delimiter = str(path), delimiter
         self._file = DataFile(path)
         self._header: list[str] = []
@@ -33,13 +35,14 @@ class CsvSource:
         records = self._records()
         self._header = _checked_header(next(records, None))
         any_row = False
-        for line, offset, cells, text in records:
+        for line, offset, cells, text, num_bytes in records:
             any_row = True
             if isinstance(cells, RowFault):
-                on_fault(line, cells, text)
+                on_fault(line, cells, text, num_bytes)
             elif len(cells) != len(self._header):
                 what = f"has {len(cells)} cells, but the header names {len(self._header)} columns"
-                on_fault(line, RowFault(what, "put cells that hold a comma or a line break in double quotes"), text)
+                fix = "put cells that hold a comma or a line break in double quotes"
+                on_fault(line, RowFault(what, fix), text, num_bytes)
             else:
                 yield RawRow(line, offset, self._columns(cells))
         if not any_row:
@@ -63,7 +66,10 @@ class CsvSource:
         return {name: cell or None for name, cell in zip(self._header, cells, strict=True)}
 
     def _records(self, offset: int = 0) -> Iterator[_Record]:
-        """The records from this byte on, blank lines left out."""
+        """The records from this byte on, blank lines left out.
+
+        SourceFault where a quote is not closed in its record: what follows it may be any number of rows.
+        """
         csv.field_size_limit(MAX_ROW_BYTES)  # of the whole process: the module knows no other
         with self._file.opened() as file:
             if offset == 0 and file.read(len(BOM)) == BOM:
@@ -81,8 +87,13 @@ class CsvSource:
                     cells = RowFault(f"is not CSV: {error}", _FIX)
                 except RowFault as fault:
                     cells = fault
+                text = "".join(lines.record)
+                if isinstance(cells, RowFault) and (lines.number > number or lines.in_quotes):
+                    line = number + text.count("\n", 0, _wrong_quote(text, self._delimiter))
+                    what = f"line {line}: a quote opens here, and where its cell ends cannot be told"
+                    raise SourceFault(f"{what}: {cells.what}", _FIX)
                 if cells:
-                    yield number, start, lines.fault or cells, "".join(lines.record).rstrip("\r\n")
+                    yield number, start, lines.fault or cells, text.rstrip("\r\n"), lines.offset - start
 
 
 class _Lines:
@@ -92,6 +103,7 @@ class _Lines:
         file.seek(offset)
         self._file = file
         self.number, self.offset = 0, offset
+        self.in_quotes = False  # at the end of the file, or of a line that is too long, should the record fail there
         self.begin_record()
 
     def begin_record(self) -> None:
@@ -105,14 +117,17 @@ class _Lines:
     def __next__(self) -> str:
         raw = self._file.readline(MAX_ROW_BYTES + 1)
         if not raw:
+            self.in_quotes = True  # or csv.reader would find nothing amiss
             raise StopIteration
         begin = self.offset
         self.number, self.offset = self.number + 1, begin + len(raw)
-        chunk = raw
+        chunk, num_quotes = raw, raw.count(b'"')
         while len(raw) > MAX_ROW_BYTES and chunk and not chunk.endswith(b"\n"):
             chunk = self._file.readline(SKIP_BYTES)
             self.offset += len(chunk)
+            num_quotes += chunk.count(b'"')
         if self.offset - self._start > MAX_ROW_BYTES:
+            self.in_quotes = num_quotes % 2 == 1
             raise too_long(self.offset - self._start)  # csv.reader begins anew at the next line
         try:
             text = raw.decode()
@@ -127,7 +142,7 @@ def _checked_header(record: _Record | None) -> list[str]:
     """The names of the columns, or SourceFault."""
     if record is None:
         raise no_rows()
-    line, _, cells, _ = record
+    line, _, cells, _, _ = record
     if isinstance(cells, RowFault):
         raise SourceFault(f"the header, line {line}: {cells.what}", cells.fix)
     if "" in cells:
@@ -136,6 +151,20 @@ def _checked_header(record: _Record | None) -> list[str]:
     if twice := [name for name, count in Counter(cells).items() if count > 1]:
         raise SourceFault(f"the header names the column {twice[0]!r} twice", "rename one of them")
     return cells
+
+
+def _wrong_quote(text: str, delimiter: str) -> int:
+    """Where the quoted cell of a record begins that does not end as it should; 0 where there is none."""
+    at = 0
+    while True:
+        if text.startswith('"', at):
+            cell = _QUOTED.match(text, at)
+            if not cell or not text.startswith(delimiter, cell.end()):
+                return at
+            at = cell.end()
+        at = text.find(delimiter, at) + 1
+        if not at:
+            return 0
 
 
 _FIX = 'put cells that hold quotes in double quotes, with each quote inside doubled: "say ""so"""'

@@ -10,9 +10,10 @@ from qlora_train.data.problems import SourceFault
 from qlora_train.data.sources.arrow import ArrowSource
 from qlora_train.data.sources.base import Source
 from qlora_train.data.sources.parquet import ParquetSource
+from qlora_train.recipe.sources import SUFFIXES
 
-_SHARD = re.compile(r"(?P<split>.+)-\d{5}-of-\d{5}.*\.parquet")
-_DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+_SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}.*")
+_COMMON_SPLITS = "train|training|test|testing|validation|valid|val|dev|eval|evaluation"
 _MAX_NAMED = 5
 
 
@@ -29,7 +30,7 @@ def open_folder(name: str, folder: Path, split: str) -> Source:
     if (folder / "state.json").is_file():
         return ArrowSource(name, _saved_files(folder), in_folder=True)
     entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-    data = [entry for entry in entries if entry.suffix.lower() in _DATA_SUFFIXES and entry.is_file()]
+    data = [entry for entry in entries if entry.suffix.lower() in SUFFIXES and entry.is_file()]
     if data and all(entry.suffix.lower() == ".parquet" for entry in data):
         return ParquetSource(name, _of_split(data, split), in_folder=True)
     if data:
@@ -55,13 +56,24 @@ def _saved_files(folder: Path) -> list[Path]:
 
 
 def _of_split(files: list[Path], split: str) -> list[Path]:
-    """Of files named train-00000-of-00002.parquet and test-..., those of the split; else all."""
-    splits = [match["split"] if (match := _SHARD.fullmatch(file.name)) else None for file in files]
-    if None in splits or len(set(splits)) == 1:
-        return files
+    """Of files whose names tell splits, such as train.parquet and test-00000-of-00002.parquet, those of the split.
+
+    Where no name tells one, all of them: they are the split "train".
+    """
+    shards = [match[1] if (match := _SHARD.fullmatch(file.stem)) else None for file in files]
+    if len({*shards} - {None}) < 2:  # part-00000-of-00002 beside its like tells no split
+        shards = [None] * len(files)
+    named = re.compile(f"({re.escape(split)}|{_COMMON_SPLITS})(?:[-_].*)?")
+    matches = [named.fullmatch(file.stem) for file in files]
+    splits = [shard or (match[1] if match else None) for shard, match in zip(shards, matches, strict=True)]
+    if not any(splits):
+        splits = ["train"] * len(files)
+    elif None in splits:
+        what = f"holds {files[splits.index(None)].name}, whose name tells no split, beside files of splits"
+        raise SourceFault(what, "name the files themselves; several files are several sources")
     if split not in splits:
-        raise _no_split(split, sorted({known for known in splits if known is not None}))
-    return [file for file, known in zip(files, splits, strict=True) if known == split]
+        raise _no_split(split, sorted({told for told in splits if told}))
+    return [file for file, told in zip(files, splits, strict=True) if told == split]
 
 
 def _no_split(split: str, known: list[str]) -> SourceFault:

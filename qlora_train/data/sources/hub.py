@@ -32,6 +32,8 @@ def open_hub(name: str, revision: str | None, subset: str | None, split: str) ->
 class HubSource(ColumnarSource):
     """One split of a data set, memory-mapped."""
 
+    kind = "hub"
+
     def __init__(self, name: str, dataset: Any, split: str) -> None:
         super().__init__(name)
         self._table: pa.Table = dataset.data.table
@@ -40,6 +42,9 @@ class HubSource(ColumnarSource):
 
     def digest(self) -> str:
         """SHA-256 of the cached files, and of the split where it is only a part of them, such as train[:10%]."""
+        if not self._files:
+            what = "is held in memory by `datasets`, so its rows cannot be told from others"
+            raise SourceFault(what, "unset HF_DATASETS_IN_MEMORY_MAX_SIZE, or save the rows as a file and name that")
         digest = digest_of(self._files, with_names=True)
         return hashlib.sha256(f"{digest} {self._split}".encode()).hexdigest() if "[" in self._split else digest
 

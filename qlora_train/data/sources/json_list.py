@@ -23,6 +23,8 @@ _SPACE = " \t\r\n"
 class JsonSource:
     """A file with one list of objects, however it is laid out. An element's place is the line it begins on."""
 
+    kind = "json"
+
     def __init__(self, name: str, path: Path) -> None:
         self.name = name
         self._path = str(path)
@@ -38,7 +40,7 @@ class JsonSource:
             try:
                 columns = _row(value)
             except RowFault as fault:
-                on_fault(line, fault, text)
+                on_fault(line, fault, text, len(text.encode()))
             else:
                 yield RawRow(line, offset, columns)
         if not any_row:

@@ -18,6 +18,8 @@ _HEAD_BYTES = 1000  # of a line too long to be listed whole
 class JsonlSource:
     """A file with an object on each line; blank lines are passed over."""
 
+    kind = "jsonl"
+
     def __init__(self, name: str, path: Path) -> None:
         self.name = name
         self._path = str(path)
@@ -30,14 +32,14 @@ class JsonlSource:
         any_row = False
         for number, offset, raw, num_bytes in self._lines():
             if num_bytes > MAX_ROW_BYTES:
-                on_fault(number, too_long(num_bytes), raw.decode(errors="replace") + "...")
+                on_fault(number, too_long(num_bytes), raw.decode(errors="replace") + "...", num_bytes)
             elif raw.isspace():
                 continue
             else:
                 try:
                     columns = decode_line(raw, offset)
                 except RowFault as fault:
-                    on_fault(number, fault, raw.decode(errors="replace").rstrip("\r\n"))
+                    on_fault(number, fault, raw.decode(errors="replace").rstrip("\r\n"), num_bytes)
                 else:
                     yield RawRow(number, offset, columns)
             any_row = True

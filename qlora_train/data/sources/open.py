@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from difflib import get_close_matches
 from pathlib import Path
 from typing import BinaryIO
@@ -19,12 +18,8 @@ from qlora_train.data.sources.hub import open_hub
 from qlora_train.data.sources.json_list import JsonSource
 from qlora_train.data.sources.jsonl import BOM, JsonlSource
 from qlora_train.data.sources.parquet import ParquetSource
+from qlora_train.recipe.sources import PACKED_SUFFIXES, SUFFIXES, is_hub_id
 
-TEXT_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
-TABLE_SUFFIXES = (".parquet", ".arrow")
-SUFFIXES = TEXT_SUFFIXES + TABLE_SUFFIXES
-_PACKED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _TO_UTF8 = "re-encode it: iconv -f UTF-16 -t UTF-8 FILE"
 _SIGNATURES = {
     b"\xff\xfe": ("is UTF-16 or UTF-32 text", _TO_UTF8),
@@ -43,7 +38,7 @@ def open_source(path: str, revision: str | None = None, subset: str | None = Non
     with system_errors(local):
         if local.is_dir():
             return open_folder(path, local, split)
-        if not local.exists() and _HUB_ID.fullmatch(path) and local.suffix.lower() not in SUFFIXES:
+        if not local.exists() and is_hub_id(path):
             return open_hub(path, revision, subset, split)
         _check_file(local)
         with local.open("rb") as file:
@@ -62,7 +57,7 @@ def _check_file(path: Path) -> None:
         raise SourceFault("is not a regular file", "write the rows to a file: they are read more than once")
     if path.suffix.lower() not in SUFFIXES:
         what = f"has the extension {path.suffix!r}, which is not one of {', '.join(SUFFIXES)}"
-        packed = path.suffix.lower() in _PACKED_SUFFIXES
+        packed = path.suffix.lower() in PACKED_SUFFIXES
         raise SourceFault(what, "unpack it" if packed else "convert it to JSONL, or rename it")
 
 

@@ -17,6 +17,8 @@ _BUFFER_BYTES = 2**20  # without one, a column of a row group is read whole
 class ParquetSource(ColumnarSource):
     """One Parquet file, or several that follow one another. `fetch` decodes the row groups it needs, each once."""
 
+    kind = "parquet"
+
     def __init__(self, name: str, paths: Sequence[Path], in_folder: bool = False) -> None:
         super().__init__(name)
         self._files = [DataFile(path) for path in paths]

@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 
+from qlora_train.data import formats
 from qlora_train.data.formats import FORMATS, detect, parse_row
 from qlora_train.data.problems import RowFault
 from qlora_train.data.rows import MessagesRow, PromptCompletionRow, TextRow
+from qlora_train.recipe.sources import COLUMN_NAMES
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 SYSTEM = {"role": "system", "content": "s"}
@@ -156,6 +158,35 @@ def test_mapped_column_that_is_missing() -> None:
     assert fault.what == "lacks 'dialogue', which is to be read as 'messages'; columns found: 'dialogues'"
     assert fault.fix == "map 'messages' to 'dialogues'"
     assert "correct the column map" in refusal({"zzz": 1}, "messages", {"messages": "dialogue"}).fix
+
+
+def test_mapped_optional_column_that_a_row_lacks() -> None:
+    names = {"input": "context", "system": "sys", "history": "before"}
+    row = {"instruction": "q", "output": "a"}
+    assert conversation(row, names).messages == (USER, ANSWER)
+    assert conversation({**row, "context": "c"}, names).messages[0]["content"] == "q\n\nc"
+    assert conversation({**row, "input": "c"}, names).messages == (USER, ANSWER)  # `input` is called context here
+    assert conversation({"messages": [USER, ANSWER]}, {"tools": "functions"}).tools == ()
+
+
+def test_the_recipe_knows_every_name_that_a_column_map_may_give() -> None:
+    assert {name for entry in FORMATS.values() for name in entry.names} == set(COLUMN_NAMES)
+    assert len(set(COLUMN_NAMES)) == len(COLUMN_NAMES)
+
+
+def test_rows_of_the_same_columns_are_matched_by_spelling_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def get_close_matches(word: str, *_: object, **__: object) -> list[str]:
+        calls.append(word)
+        return []
+
+    monkeypatch.setattr(formats, "get_close_matches", get_close_matches)
+    for index in range(3):
+        assert detect({"unheard-of": index, "column": index}, {"text": "body"}) is not None
+    matched = len(calls)
+    assert 0 < matched <= 2 * sum(len(entry.columns) for entry in FORMATS.values())
+    assert detect({"unheard-of": 1}) is None and len(calls) > matched
 
 
 @pytest.mark.parametrize(

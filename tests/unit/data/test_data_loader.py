@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from hashlib import sha256
 from itertools import pairwise
 
 import numpy as np
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_train.data.loader import Loader, MicroBatch, collate, eval_batches
-from qlora_train.data.plan import Planner
+from qlora_train.data.plan import Plan, Planner
 from qlora_train.data.table import TokenRow, TokenTable
 from qlora_train.errors import DataError
 from qlora_train.names import IGNORE_INDEX
@@ -163,6 +164,56 @@ def test_a_part_of_an_epoch_is_rounded_up_to_steps(epochs: float, steps: int) ->
     assert loader_of(table_of([5] * 20), "shuffled", 2, 1).num_steps(epochs) == steps
 
 
+@pytest.mark.parametrize(
+    ("epochs", "most", "steps"),
+    [(1e9, 5, 5), (2, 5, 5), (1, 5, 3), (2, 6, 6), (1.5, 4, 4), (1.5, 9, 5), (1e9, 10**9, 10**9)],
+)
+@pytest.mark.parametrize("batching", BATCHING)
+def test_no_epoch_is_planned_for_steps_past_the_most(batching: str, epochs: float, most: int, steps: int) -> None:
+    """Three steps an epoch, whose plan follows from that of the first."""
+    loader = Loader(table_of([5] * 6), batching, 2, 1, 0, 0, seq_len=5)
+    assert loader.num_steps(epochs, most) == steps
+    assert loader.num_steps(1e9) == 3 * 10**9
+    assert len(loader._firsts) == 2
+    assert loader.rows_before(3 * 10**8 + 1) == 6 * 10**8 + 2
+
+
+@pytest.mark.parametrize(("epochs", "most", "steps", "planned"), [(1e9, 5, 5, 3), (1, 10**9, 2, 1), (1.5, 9, 3, 2)])
+def test_unequal_epochs_are_planned_as_far_as_the_most_steps(
+    epochs: float, most: int, steps: int, planned: int
+) -> None:
+    """Half of eight rows an epoch: two steps."""
+    loader = Loader(table_of([5] * 8), "shuffled", 2, 1, 0, 0, seq_len=8, source_passes=[0.5])
+    assert loader.num_steps(epochs, most) == steps and len(loader._firsts) == planned + 1
+
+
+@pytest.mark.parametrize("batching", BATCHING)
+def test_a_digest_tells_the_order_of_an_epoch(batching: str) -> None:
+    table = table_of(VARIED)
+    loader = loader_of(table, batching)
+    per_epoch = loader.num_steps(1)
+    first, last, second = (loader.plan_digest(step) for step in (0, per_epoch - 1, per_epoch))
+    assert first == last != second and len(first) == 64
+    assert loader_of(table, batching).plan_digest(per_epoch) == second
+    assert loader_of(table, batching, seed=1).plan_digest(0) != first
+    assert loader_of(table, batching, micro_batch_size=5).plan_digest(0) != first
+
+
+def test_each_part_of_a_plan_is_in_its_digest() -> None:
+    def plan(*parts: list[int]) -> Plan:
+        return Plan(*(np.array(part) for part in parts))
+
+    plans = [
+        plan([2, 0, 1], [0, 1, 3], [0, 2]),
+        plan([0, 2, 1], [0, 1, 3], [0, 2]),
+        plan([2, 0, 1], [0, 2, 3], [0, 2]),
+        plan([2, 0, 1], [0, 1, 3], [0, 1, 2]),
+    ]
+    assert len({plan.digest() for plan in plans}) == 4
+    as_bytes = b"".join(number.to_bytes(8, "little") for number in (2, 0, 1, 0, 1, 3, 0, 2))
+    assert plans[0].digest() == sha256(as_bytes).hexdigest()
+
+
 @pytest.mark.parametrize("batching", BATCHING)
 def test_one_row_and_a_large_batch(batching: str) -> None:
     loader = loader_of(table_of([3]), batching, 16, 8)
@@ -217,7 +268,11 @@ def test_every_epoch_holds_the_weighted_rows_give_or_take_one(sizes: list[int], 
         with pytest.raises(DataError, match="less than one of"):
             counts(sizes, passes, 1, seed)
         return
-    epochs = counts(sizes, passes, 7, seed)
+    try:
+        epochs = counts(sizes, passes, 7, seed)
+    except DataError:
+        assert all(n * w < 1 for n, w in zip(sizes, passes, strict=True)), "chance must have left every source out"
+        return
     for source, (size, weight) in enumerate(zip(sizes, passes, strict=True)):
         for epoch in epochs:
             assert abs(sum(epoch[source].values()) - weight * size) <= 1 + 1e-9
@@ -226,18 +281,41 @@ def test_every_epoch_holds_the_weighted_rows_give_or_take_one(sizes: list[int], 
         assert all(abs(total[row] - 7 * weight) < 1 + 1e-9 for row in range(first, first + size)), "row by row, too"
 
 
+def test_small_sources_do_not_round_down_together() -> None:
+    """Ten sources of three rows at 0.3 a pass: nine rows an epoch on average, and no source twice in an epoch."""
+    for seed in range(5):
+        epochs = counts([3] * 10, [0.3] * 10, 10, seed)
+        sizes = [sum(sum(source.values()) for source in epoch) for epoch in epochs]
+        assert min(sizes) >= 5 and sum(sizes) == 90
+        assert all(sum(source.values()) <= 1 for epoch in epochs for source in epoch)
+
+
+def test_whole_weights_beside_broken_ones_are_exact() -> None:
+    sources = np.repeat([0, 1], [5000, 1])
+    planner = Planner(np.ones(5001, dtype=np.int32), sources, [3.0, 0.5], "shuffled", 2, 4, 0)
+    for epoch in (
+        0,
+        1,
+        2**52 // 3,
+    ):  # in the last the end of the epoch is rounded to whole numbers, its start to halves
+        assert planner._occurrences(epoch)[:15000].tolist() == [row for row in range(5000) for _ in range(3)]
+
+
 def test_an_epoch_without_a_row_is_passed_over() -> None:
-    """Two sources of one row each, every second epoch: both come in epoch 1, none in epoch 0."""
-    batch = table_of([3, 4])
-    loader = Loader(batch, "packed", 1, 1, 0, 0, seq_len=8, source_passes=[0.5])
-    assert loader.num_steps(2) == loader.num_steps(1) + 1 == 2
-    alone = Planner(np.array([3, 4]), np.array([0, 1]), [0.5, 0.5], "packed", 1, 8, 0)
-    assert [len(alone.plan(epoch).rows) for epoch in range(4)] == [0, 2, 0, 2]
-    assert alone.plan(0).padding_frac(np.array([3, 4], dtype=np.int32)) == 0.0
-    loader._planner = alone
-    loader._firsts = [(0, 0)]
-    assert [loader.step(step)[0].row_ids for step in (0, 1)] == [(1, 0)] * 2
+    """Two sources of one row each, every second epoch: with this seed both come in epoch 0, none in epoch 1."""
+    loader = Loader(table_of([3, 4]), "packed", 1, 1, 0, 0, seq_len=8)
+    loader._planner = Planner(np.array([3, 4], dtype=np.int32), np.array([0, 1]), [0.5, 0.5], "packed", 1, 8, 1)
+    assert [len(loader._planner.plan(epoch).rows) for epoch in range(4)] == [2, 0, 2, 0]
+    assert loader.padding_frac(1) == 0.0
+    assert [loader.num_steps(epochs) for epochs in (1, 2, 3)] == [1, 1, 2]
+    assert [set(loader.step(step)[0].row_ids) for step in (0, 1)] == [{0, 1}] * 2
     assert [loader.rows_before(step) for step in (0, 1, 2)] == [0, 2, 4]
+
+
+def test_a_first_epoch_without_a_row_is_refused() -> None:
+    """The same sources: with this seed none comes in epoch 0."""
+    with pytest.raises(DataError, match=r"with run\.seed 3 the first epoch holds none.* change run\.seed"):
+        Planner(np.array([3, 4], dtype=np.int32), np.array([0, 1]), [0.5, 0.5], "packed", 1, 8, 3)
 
 
 def test_labels_and_padding() -> None:

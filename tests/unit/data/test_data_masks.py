@@ -202,6 +202,25 @@ def test_prompt_ids(build_tokenizer: Build) -> None:
     assert names(encoder.ids(Rendered("list", (), add_special_tokens=False))) == ["list"]
 
 
+@pytest.mark.parametrize("loss_on", ["all", "assistant"])
+def test_end_token_is_not_what_follows_it(build_tokenizer: Build, loss_on: str) -> None:
+    tokenizer = build_tokenizer()
+    encoder, end = Encoder(tokenizer), tokenizer.convert_tokens_to_ids(E)
+    messages = chat("user: list", "assistant: ls", "user: the", "assistant: files").messages
+    first, last = (MessagesRow("a:1", messages, (), weights) for weights in ((0, 1, 0, 0), (0, 0.5, 0, 2)))
+    for row in (MessagesRow("a:1", messages), last, TextRow("a:1", "list"), pair("list", " files")):
+        assert encoder.end_token_of(tokens(tokenizer, row, loss_on)) == end
+    # The first answer ends with it. Of all text but the last answer, the last special token is the start of a header.
+    assert encoder.end_token_of(tokens(tokenizer, first, loss_on)) == (None if loss_on == "all" else end)
+    tokenizer.chat_template = tokenizer.chat_template.replace(f"{E}\n", f"{E} the\n")
+    assert encoder.end_token_of(tokens(tokenizer, last, loss_on)) == end
+
+
+def test_rows_without_special_tokens_have_no_end_token(tokenizer: PreTrainedTokenizerFast) -> None:
+    (row,) = Encoder(tokenizer).encode([plain("list files", Span(4, 10, closed=False))])
+    assert isinstance(row, TokenRow) and Encoder(tokenizer).end_token_of(row) is None
+
+
 def test_longest_piece(tokenizer: PreTrainedTokenizerFast) -> None:
     assert Encoder(tokenizer).longest_piece == len("<|im_start|>")
 

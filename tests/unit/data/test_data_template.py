@@ -190,6 +190,15 @@ def test_template_error_names_its_line(build_tokenizer: Build, template: str, sa
     assert caught.value.error is ModelError
 
 
+@pytest.mark.parametrize("loss_on", ["all", "assistant"])
+@pytest.mark.parametrize("template", ["{% for m in message %}{{ m.content }}{% endfor %}", "\n {{ unknown }}\n"])
+def test_template_that_renders_nothing(build_tokenizer: Build, template: str, loss_on: str) -> None:
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(TemplateFault, match="the chat template renders nothing for this row"):
+        render(tokenizer, chat("a", "b"), loss_on)
+
+
 def test_a_row_that_fails_leaves_its_neighbours_alone(build_tokenizer: Build) -> None:
     tokenizer = changed(
         build_tokenizer, "{{ m['content'] }}", "{{ m['content'] }}{% if 'x' in m['content'] %}{{ 1/0 }}{% endif %}"

@@ -3,17 +3,37 @@
 from __future__ import annotations
 
 from qlora_train.data.formats import parse_row
-from qlora_train.data.hashing import content_hash, hashes, prompt_hash
+from qlora_train.data.hashing import hashes
 from qlora_train.data.rows import MessagesRow, PromptCompletionRow, Row, TextRow
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 ROW = MessagesRow("f:1", (USER, ANSWER))
 
 
-def test_place_weights_and_order_of_fields_do_not_count() -> None:
+def content_hash(row: Row) -> int:
+    return hashes(row)[0]
+
+
+def prompt_hash(row: Row) -> int:
+    return hashes(row)[1]
+
+
+def test_place_and_order_of_fields_do_not_count() -> None:
     turned = {"content": "a", "role": "assistant"}
-    assert content_hash(MessagesRow("g:9", (USER, turned), (), (0.0, 0.5))) == content_hash(ROW)
+    assert content_hash(MessagesRow("g:9", (USER, turned))) == content_hash(ROW)
     assert content_hash(parse_row("h:1", {"instruction": "q", "output": "a"}, "alpaca")) == content_hash(ROW)
+
+
+def test_rows_that_differ_in_what_is_trained_ask_the_same_but_are_no_duplicates() -> None:
+    turns = (USER, ANSWER, USER, ANSWER)
+    weights = [None, (0.0, 0.0, 0.0, 1.0), (0.0, 1.0, 0.0, 0.0), (0.0, 0.5, 0.0, 1.0)]
+    rows = [MessagesRow("f:1", turns, (), entry) for entry in weights]
+    assert len({content_hash(row) for row in rows}) == 4
+    assert len({prompt_hash(row) for row in rows}) == 1
+
+
+def test_weights_that_change_nothing_do_not_count() -> None:
+    assert content_hash(MessagesRow("f:1", ROW.messages, (), (0, 1))) == content_hash(ROW)
 
 
 def test_the_prompt_is_all_but_the_last_answer() -> None:
@@ -23,6 +43,11 @@ def test_the_prompt_is_all_but_the_last_answer() -> None:
     assert prompt_hash(longer) not in (prompt_hash(ROW), content_hash(ROW))
     assert prompt_hash(PromptCompletionRow("", "a", "b")) == prompt_hash(PromptCompletionRow("", "a", "c"))
     assert prompt_hash(TextRow("", "a")) == content_hash(TextRow("", "a"))
+
+
+def test_an_empty_prompt_asks_nothing_that_another_row_asks() -> None:
+    first, second = PromptCompletionRow("", "", "a"), PromptCompletionRow("", " ", "b")
+    assert prompt_hash(first) == content_hash(first) != prompt_hash(second)
 
 
 def test_rows_that_differ_have_other_hashes() -> None:
@@ -42,7 +67,6 @@ def test_rows_that_differ_have_other_hashes() -> None:
     assert len({content_hash(row) for row in rows}) == len(rows)
 
 
-def test_both_at_once_are_unsigned_64_bits() -> None:
+def test_they_are_unsigned_64_bits() -> None:
     both = hashes(ROW)
-    assert both == (content_hash(ROW), prompt_hash(ROW)) and both[0] != both[1]
-    assert all(0 <= value < 2**64 for value in both)
+    assert both[0] != both[1] and all(0 <= value < 2**64 for value in both)

@@ -64,7 +64,7 @@ def read_all(path: Path, row_format: str | None) -> tuple[list[int], list[int]]:
     bad: list[int] = []
     good: list[int] = []
     source = open_source(str(path))
-    for raw in source.read(lambda number, fault, text: bad.append(number)):
+    for raw in source.read(lambda number, fault, text, num_bytes: bad.append(number)):
         assert source.fetch([raw.locator]) == [raw.columns] or "NaN" in str(raw.columns)
         try:
             row = parse_row(source.place(raw.number), raw.columns, row_format or detect(raw.columns))
@@ -114,7 +114,7 @@ PLAIN_ROWS = st.lists(st.dictionaries(st.text(max_size=5), PLAIN, max_size=3), m
 UNICODE = st.text(st.characters(codec="utf-8"), max_size=20)
 
 
-def no_fault(number: int, fault: RowFault, text: str) -> None:
+def no_fault(number: int, fault: RowFault, text: str, num_bytes: int) -> None:
     pytest.fail(f"row {number}: {fault.what}")
 
 

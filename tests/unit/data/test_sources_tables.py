@@ -40,7 +40,7 @@ WRITERS = [("a.parquet", write_parquet), ("a.arrow", write_file), ("a.arrow", wr
 Writer = Callable[[Path, pa.Table], None]
 
 
-def no_fault(number: int, fault: RowFault, text: str) -> None:
+def no_fault(number: int, fault: RowFault, text: str, num_bytes: int) -> None:
     pytest.fail(f"row {number}: {fault.what}")
 
 
@@ -183,6 +183,34 @@ def test_of_files_of_several_splits_one_is_read(tmp_path: Path) -> None:
     assert refusal(tmp_path, "dev").what == "has no split 'dev'; splits: test, train"
 
 
+@pytest.mark.parametrize(
+    ("names", "split", "expected"),
+    [
+        (["test", "train"], "train", ["train"]),
+        (["test", "train"], "test", ["test"]),
+        (["test"], "train", "has no split 'train'; splits: test"),
+        (["test-00000-of-00001"], "train", "has no split 'train'; splits: test"),
+        (["test-00000-of-00001"], "test", ["test-00000-of-00001"]),
+        (["train_0", "train_1", "validation-a"], "train", ["train_0", "train_1"]),
+        (["train_0", "train_1", "validation-a"], "dev", "has no split 'dev'; splits: train, validation"),
+        (["test_sft-00000-of-00001", "train_sft-00000-of-00001"], "test_sft", ["test_sft-00000-of-00001"]),
+        (["odd", "train"], "odd", ["odd"]),
+        (["data", "part-0"], "train", ["data", "part-0"]),
+        (["data", "part-0"], "test", "has no split 'test'; splits: train"),
+        (["part-00000-of-00002", "part-00001-of-00002"], "train", ["part-00000-of-00002", "part-00001-of-00002"]),
+        (["more", "train"], "train", "holds more.parquet, whose name tells no split, beside files of splits"),
+        (["testimonies"], "train", ["testimonies"]),
+    ],
+)
+def test_names_tell_splits(tmp_path: Path, names: list[str], split: str, expected: list[str] | str) -> None:
+    for name in names:
+        write_parquet(tmp_path / f"{name}.parquet", pa.table({"text": [name]}))
+    if isinstance(expected, str):
+        assert refusal(tmp_path, split).what == expected
+    else:
+        assert read(tmp_path, split) == [{"text": name} for name in expected]
+
+
 def test_folder_of_save_to_disk(tmp_path: Path) -> None:
     saved = datasets.Dataset.from_list(ROWS)
     saved.save_to_disk(str(tmp_path / "one"), num_shards=3)
@@ -236,6 +264,27 @@ def test_hub_name_goes_through_datasets(tmp_path: Path, monkeypatch: pytest.Monk
     assert asked[-1] == ("owner/name", {"name": "en", "split": "test", "revision": "abc"})
     assert source.place(3) == "owner/name: row 3"
     assert len({source.digest(), open_source("owner/name", split="train[:9]").digest()}) == 2
+
+
+def test_hub_set_held_in_memory_has_no_digest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_list(ROWS))
+    with pytest.raises(SourceFault, match="held in memory") as caught:
+        open_source("owner/name").digest()
+    assert "HF_DATASETS_IN_MEMORY_MAX_SIZE" in caught.value.fix
+
+
+def test_kinds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_parquet(tmp_path / "a.parquet", pa.Table.from_pylist(ROWS))
+    write_file(tmp_path / "a.arrow", pa.Table.from_pylist(ROWS))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_list(ROWS))
+    names = (str(tmp_path / "a.parquet"), str(tmp_path / "a.arrow"), "owner/name")
+    assert [open_source(name).kind for name in names] == ["parquet", "arrow", "hub"]
+
+
+def test_hub_name_with_a_dot(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_list(ROWS))
+    assert read("teknium/OpenHermes-2.5") == ROWS
+    assert refusal("data/rows.jsonl.gz").what == refusal("./owner/name").what == "there is no such file"
 
 
 def test_hub_name_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,8 +36,8 @@ def read(path: str) -> tuple[list[tuple[int, Columns]], list[Fault]]:
     """The rows of a source and its faults; holds that `fetch` finds the same rows, in any order, on a fresh source."""
     faults: list[Fault] = []
 
-    def on_fault(number: int, fault: RowFault, text: str) -> None:
-        assert fault.fix
+    def on_fault(number: int, fault: RowFault, text: str, num_bytes: int) -> None:
+        assert fault.fix and num_bytes
         faults.append((number, fault.what, text))
 
     rows = list(open_source(path).read(on_fault))
@@ -46,7 +46,7 @@ def read(path: str) -> tuple[list[tuple[int, Columns]], list[Fault]]:
     return [(row.number, row.columns) for row in rows], faults
 
 
-def no_fault(number: int, fault: RowFault, text: str) -> None:
+def no_fault(number: int, fault: RowFault, text: str, num_bytes: int) -> None:
     pytest.fail(f"row {number}: {fault.what}")
 
 
@@ -230,9 +230,44 @@ def test_csv_fault_is_reported_at_its_line(put: Put, bad: bytes, says: str) -> N
     assert number == 3 and says in what and text == bad.decode(errors="replace")
 
 
-def test_csv_quote_that_never_ends(put: Put) -> None:
-    rows, ((number, what, _),) = read(put("a.csv", b'a,b\n1,2\n3,"4\n5,6\n'))
-    assert [number for number, _ in rows] == [2] and number == 3 and "unexpected end of data" in what
+@pytest.mark.parametrize(
+    ("bad", "line"),
+    [
+        (b'3,"4\n5,6\n7,8\n', 3),
+        (b'3,"4', 3),
+        (b'"a\nb","c\n5,6\n7,8\n', 4),  # the record begins a line before the quote
+        (b'3,"4\n5,6\n7,"8"\n9,10\n', 3),  # closed by a later row's quote
+        (b'"a\n""b""","say ""c""\n5,6\n', 4),
+    ],
+)
+def test_csv_quote_that_never_ends_is_no_single_bad_row(put: Put, bad: bytes, line: int) -> None:
+    fault = refusal(put("a.csv", b"a,b\n1,2\n" + bad))
+    assert fault.what.startswith(f"line {line}: a quote opens here, and where its cell ends cannot be told: ")
+    assert "each quote inside doubled" in fault.fix
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sizes"),
+    [
+        ("a.jsonl", b'{"a": 1}\n["\xc3\xa9"]\n[' + b"1" * 98 + b"\n", [7, 100]),
+        ("a.json", b'[{"a": 1},["\xc3\xa9"], ' + b"1" * 40 + b"]", [6, 40]),
+        ("a.csv", b"a,b\n1,2\n\xc3\xa9\n" + b"1" * 99 + b"\n", [3, 100]),
+    ],
+)
+def test_faults_have_the_size_of_their_row(
+    put: Put, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes, sizes: list[int]
+) -> None:
+    for module in (jsonl, csv_records):
+        monkeypatch.setattr(module, "MAX_ROW_BYTES", 64)
+    found: list[int] = []
+    list(open_source(put(name, content)).read(lambda number, fault, text, num_bytes: found.append(num_bytes)))
+    assert found == sizes
+
+
+def test_the_same_bytes_read_otherwise_are_another_kind(put: Put) -> None:
+    kinds = {name: open_source(put(name, b"[{}]")).kind for name in ("a.csv", "a.tsv", "a.json")}
+    assert kinds == {"a.csv": "csv:,", "a.tsv": "csv:\t", "a.json": "json"}
+    assert open_source(put("b.json", b"{}")).kind == open_source(put("b.jsonl", b"{}")).kind == "jsonl"
 
 
 @pytest.mark.parametrize(
@@ -256,8 +291,15 @@ def test_giant_csv_row_is_passed_over(put: Put, monkeypatch: pytest.MonkeyPatch)
     rows, ((number, what, _),) = read(put("a.csv", b"a,b\nx," + b"a" * 997 + b"\n3,4\n"))
     assert rows == [(3, {"a": "3", "b": "4"})]
     assert (number, what) == (2, "the row is 1,000 bytes long; the limit is 64")
-    _, faults = read(put("b.csv", b'a,b\nx,"' + b"a\n" * 40 + b'"\n'))  # 5 bytes and 30 lines of 2
-    assert faults[0][:2] == (2, "the row is 65 bytes long; the limit is 64")
+    rows, faults = read(put("b.csv", b'a,b\nx,"' + b"a" * 995 + b'"\n3,4\n'))
+    assert rows == [(3, {"a": "3", "b": "4"})] and len(faults) == 1
+
+
+def test_giant_csv_row_in_quotes_may_be_many_rows(put: Put, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (csv_records, decode):
+        monkeypatch.setattr(module, "MAX_ROW_BYTES", 64)
+    for content in (b'a,b\nx,"' + b"a\n" * 40 + b'"\n', b'a,b\nx,"' + b"a" * 995 + b"\n3,4\n"):
+        assert refusal(put("open.csv", content)).what.startswith("line 2: a quote opens here")
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])

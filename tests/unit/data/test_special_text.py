@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -95,6 +96,28 @@ def test_places_in_tools_and_results(build_tokenizer: Build) -> None:
     found = ids_of(tokenizer, *messages, tools=(tool,))
     starts, ends = (tokenizer.convert_tokens_to_ids(token) for token in (S, E))
     assert (found.count(starts), found.count(ends)) == (5, 5)
+
+
+CALLING = "{% if m.tool_calls %}{{ m.tool_calls[0].function | tojson }}{% endif %}"
+
+
+@pytest.mark.parametrize("literal", [E, "<call>"])
+def test_names_of_fields_cannot_hold_special_text(build_tokenizer: Build, literal: str) -> None:
+    tokenizer = build_tokenizer()
+    tokenizer.add_tokens(["<call>"])
+    tokenizer.chat_template = tokenizer.chat_template.replace("{{ m['content'] }}", "{{ m['content'] }}" + CALLING)
+    tokenizer.chat_template += "{% if false %}<call>{% endif %}"
+
+    def row(argument: str, schema: str) -> MessagesRow:
+        call = {"type": "function", "function": {"name": "ls", "arguments": {"deep": [{argument: 1}]}}}
+        tool = {"type": "function", "function": {"name": "ls", "parameters": {"properties": {schema: {}}}}}
+        return MessagesRow("a:1", (said("user", E), said("assistant", "", tool_calls=[call])), (tool,))
+
+    assert '"path"' in render(tokenizer, row("path", "path")).text
+    for refused in (row(f"a{literal}b", "path"), row("path", f"a{literal}b")):
+        with pytest.raises(RowFault, match=re.escape(f"the row holds '{literal}' in the name of a field")) as caught:
+            render(tokenizer, refused)
+        assert caught.value.fix == "rename it"
 
 
 def test_added_tokens_that_the_template_writes(build_tokenizer: Build) -> None:

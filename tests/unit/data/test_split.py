@@ -16,7 +16,7 @@ from qlora_train.data import build as build_module
 from qlora_train.data import cache as cache_module
 from qlora_train.data.rows import MessagesRow, TextRow
 from qlora_train.data.split import Split, load_split
-from qlora_train.errors import DataError
+from qlora_train.errors import DataError, MachineError
 from qlora_train.recipe.schema import DataSection, SourceSection
 
 Tokenizer = PreTrainedTokenizerFast
@@ -180,9 +180,9 @@ def test_the_account_counts_every_row_and_every_token(tokenizer: Tokenizer, tmp_
     assert {("2", "duplicate"), ("3", "dropped"), ("5", "rejected")} < listed and len(listed) == 4
     assert split.audit.num_rows == 5 and split.audit.num_trained == 1
     long = 62  # thirty times two words, the last space, and the end token
-    others = [2, 2, 2]
-    mean = round((long + sum(others)) / 4)
-    assert (split.audit.num_lost_tokens, split.audit.num_read_tokens) == (long + mean, long + sum(others) + mean)
+    others = 2 + 2 + 2
+    rejected = 2  # its eleven characters, at the 68 tokens that the other 365 became
+    assert (split.audit.num_lost_tokens, split.audit.num_read_tokens) == (long + rejected, long + others + rejected)
 
 
 def test_an_enormous_row_is_dropped_before_it_is_tokenised(
@@ -213,3 +213,62 @@ def test_rows_of_the_same_content_have_the_same_fingerprint_wherever_they_lie(
     assert np.array_equal(
         load(tokenizer, as_lines).table.column("content_hash"), load(tokenizer, as_list).table.column("content_hash")
     )
+
+
+def test_a_table_in_use_is_never_removed(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QLORA_TRAIN_CACHE_GIB", "0")
+    paths = [texts(tmp_path / f"{name}.jsonl", name, "ls") for name in "ab"]
+    split = load(tokenizer, *paths, bad_rows="skip")
+    assert split.table.num_rows == 4 and list(split.listed()) == [], "both folders are there while they are used"
+
+
+def test_what_a_killed_build_left_goes_when_it_is_a_day_old(
+    tokenizer: Tokenizer, tmp_path: Path, empty_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = empty_cache / ".tmp-old", empty_cache / ".tmp-new"
+    for folder in (old, new):
+        folder.mkdir(parents=True)
+    os.utime(old, (1_000_000, 1_000_000))
+    load(tokenizer, texts(tmp_path / "a.jsonl", "ls"))
+    assert not old.exists() and new.exists()
+
+
+def test_a_limit_that_is_no_number_is_named(
+    tokenizer: Tokenizer, tmp_path: Path, builds: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QLORA_TRAIN_CACHE_GIB", "50GB")
+    with pytest.raises(MachineError, match="'50GB'"):
+        load(tokenizer, texts(tmp_path / "a.jsonl", "ls"))
+    assert builds == [], "said before any work"
+
+
+def test_the_end_token_is_a_special_one_whatever_is_trained(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    messages = [{"role": "user", "content": "list"}, {"role": "assistant", "content": "ls"}]
+    path.write_text(json.dumps({"messages": messages}) + "\n")
+    for loss_on in ("all", "assistant"):
+        assert load(tokenizer, path, loss_on=loss_on).end_token_ids == [tokenizer.eos_token_id]
+
+
+def test_a_rejected_row_costs_what_it_holds(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """One row of nearly all the text is nearly all that is lost, not one row in three."""
+    path = texts(tmp_path / "a.jsonl", "list files", "ls")
+    path.write_text(path.read_text() + json.dumps({"text": ["list files " * 1000]}) + "\n")
+    with pytest.raises(DataError, match=r"data\.max_lost_frac"):
+        load(tokenizer, path, bad_rows="skip", max_lost_frac=0.5)
+
+
+def test_all_rows_equal_leave_nothing_to_train_beside_the_held_out(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"data\.split holds out all 3 rows"):
+        load(tokenizer, texts(tmp_path / "a.jsonl", "ls", "ls", "ls"), split=0.5)
+
+
+def test_any_source_of_conversations_makes_a_chat_model(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    text = texts(tmp_path / "a.jsonl", "list files")
+    chat = tmp_path / "b.csv"
+    chat.write_text("instruction,output\nlist,ls\n", encoding="utf-8")
+    assert [load(tokenizer, *paths).holds_conversations() for paths in ((text,), (text, chat), (chat, text))] == [
+        False,
+        True,
+        True,
+    ]

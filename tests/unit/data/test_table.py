@@ -72,7 +72,8 @@ def test_tokens_that_are_not_kept_are_made_again() -> None:
         asked.extend(origins)
         return [ROWS[origin.locator].ids for origin in origins]
 
-    columns = {"num_chars": [1] * 3, "content_hash": range(3), "prompt_hash": range(3)}
+    counts = ("num_chars", "num_plain_specials", "num_control_specials", "num_context_turns")
+    columns = {name: range(3) for name in (*counts, "content_hash", "prompt_hash")}
     batch = record_batch(ROWS, with_ids=False, **columns, source=[0] * 3, number=[5, 6, 7], locator=range(3))
     table = TokenTable(pa.Table.from_batches([batch]), [str], "digest", encode=encode)  # type: ignore[arg-type]
     view = table.take(np.array([1, 2]), max_tokens=8)

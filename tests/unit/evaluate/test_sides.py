@@ -55,3 +55,10 @@ def test_questions_of_rows_of_all_kinds(monkeypatch: pytest.MonkeyPatch) -> None
     assert list(questions[2].prompt_ids) == tokenizer(head, add_special_tokens=False)["input_ids"]
     assert questions_of(split, tokenizer, 0) == []
     assert len(questions_of(split, tokenizer, 100)) == 8
+
+
+def test_rows_that_ask_nothing_are_passed_over() -> None:
+    untrained = MessagesRow("a:1", (*chat("a", "b", "").messages, *chat("c", "d", "").messages), weights=(0, 1, 0, 0))
+    refused = chat("a", "the mark \ufdd0", "a:2")
+    split: Any = _Split([untrained, refused, chat("df", "ls", "a:3"), chat("du", "ls", "a:4")])
+    assert [question.where for question in questions_of(split, build_tiny_tokenizer(), 2)] == ["a:3", "a:4"]

@@ -68,6 +68,13 @@ def test_what_the_template_refuses_is_left_out(tokenizer: Any) -> None:
     assert [len(prompt["messages"]) for prompt in golden_prompts([], tokenizer)] == [1, 1, 1]
 
 
+def test_nothing_to_compare_is_no_parity(tokenizer: Any) -> None:
+    tokenizer.chat_template = "{{ raise_exception('no') }}"
+    with pytest.raises(ModelError, match="no prompt could be compared with training"):
+        golden_prompts([CHAT], tokenizer)
+    assert [prompt["text"] for prompt in golden_prompts(ROWS[2:], tokenizer)] == ["lazy dog"]
+
+
 def test_a_faithful_export_passes(tokenizer: Any, saved: Callable[[], Path]) -> None:
     check_parity(saved(), golden_prompts(ROWS, tokenizer))
 

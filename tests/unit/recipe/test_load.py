@@ -479,5 +479,18 @@ def test_a_wrong_source_is_named_with_its_place(here: Path, entry: str, what: st
 def test_a_hub_id_stays_as_it_is_and_a_percentage_is_a_share(here: Path) -> None:
     data = load(GOOD, "data.train=owner/name", "data.split=5%").recipe.data
     assert data.train[0].path == "owner/name" and data.split == 0.05
+
+
+def test_a_hub_id_may_have_a_dot(here: Path) -> None:
+    def path_of(written: str) -> str:
+        return load(GOOD, f"data.train={written}").recipe.data.train[0].path
+
+    assert path_of("teknium/OpenHermes-2.5") == "teknium/OpenHermes-2.5"
+    for name in ("data/rows.v2", "data/rows.csv"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text("{}\n")
+        assert path_of(name) == str(here / name)
+    for name in ("data/gone.jsonl", "data/rows.jsonl.gz", "./owner/name-2.5", "owner/a/b"):
+        assert "there is no file or folder" in only(GOOD, f"data.train={name}").what
     assert load(GOOD, "data.split=0.125").recipe.data.split == 0.125
     assert only(GOOD, "data.split=105%").what.startswith("data.split")

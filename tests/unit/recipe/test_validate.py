@@ -71,6 +71,10 @@ def test_conflicts_in_the_file(lines: str, where: int, names: list[str]) -> None
         (["data.eval={path: test.jsonl, weight: 2}"], ["data.eval[0].weight"]),
         (["data.train={path: train.jsonl, revision: main}"], ["data.train[0].revision", "local path"]),
         (["data.train={path: train.jsonl, subset: en}"], ["data.train[0].subset", "local path"]),
+        (["data.train={path: train.jsonl, split: test}"], ["data.train[0].split has no effect", "one file"]),
+        (["data.columns={instrution: question}"], ["data.columns", "'instrution'"]),
+        (["data.train={path: train.jsonl, columns: {mesages: d}}"], ["data.train[0].columns", "'mesages'"]),
+        (["data.eval={path: test.jsonl, columns: {tool: d}}"], ["data.eval[0].columns", "'tool'"]),
         (["model.attn_implementation=sdpa"], ["model.attn_implementation", "data.batching"]),
         (["model.path=./adapter", "model.revision=main"], ["model.revision", "model.path", "local path"]),
         (["model.path=package:a/b", "model.revision=main"], ["model.revision", "model.path", "package"]),
@@ -101,16 +105,28 @@ def test_conflicts_on_the_command_line(overrides: list[str], names: list[str]) -
         ["model.revision=main"],
         ["model.chat_template=template.jinja", "adapter.init_from=adapter", "run.dir=adapter"],
         ["adapter.method=rslora"],
+        ["data.columns={instruction: q, system: s, role: r, from: f, text: t}"],
+        ["data.train={path: adapter, split: test}"],
+        ["data.train={path: adapter, split: a}", "data.eval={path: adapter, split: b}"],
     ],
 )
 def test_recipes_that_agree_with_themselves(overrides: list[str]) -> None:
     assert check(*overrides) == []
 
 
+def test_one_file_is_the_same_whatever_its_split() -> None:
+    whats = [problem.what for problem in check("data.eval={path: link.jsonl, split: test}")]
+    assert len(whats) == 2
+    assert "data.eval[0].split has no effect" in whats[0] and "no row of it is held out" in whats[1]
+    folder = ("data.train={path: adapter, split: a}", "data.eval={path: adapter, split: a}")
+    assert ["no row of it is held out" in problem.what for problem in check(*folder)] == [True]
+
+
 def test_near_names_are_in_the_fix() -> None:
     assert check("adapter.method=lroa")[0].fix.startswith("did you mean lora? The methods are: lora, ")
     assert "test.jsonl" in check("data.eval=tset.jsonl")[0].fix
     assert "template.jinja" in check("model.chat_template=tmplate.jinja")[0].fix
+    assert check("data.columns={instrution: question}")[0].fix.startswith("did you mean instruction? ")
     assert near_files(Path("nowhere/at/all.yaml")) == ""
     assert near_files(Path("train.json")).startswith("nearest in .: train.jsonl")
 

@@ -71,7 +71,7 @@ def cut(path: Path) -> None:
 
 
 def test_save_find_restore_to_the_bit(run_dir: RunDir, model: PeftModel, optimizer: torch.optim.AdamW) -> None:
-    state = TrainState(12, 3, 34, 5, 6.5, best_step=12, best_eval_loss=0.5)
+    state = TrainState(12, 3, "a" * 64, 34, 5, 6.5, best_step=12, best_eval_loss=0.5)
     saved = save_checkpoint(run_dir, state, model, optimizer, BINDING)
     assert saved.folder == run_dir.checkpoints / "step-000012"
     names = {path.name for path in saved.folder.iterdir()}

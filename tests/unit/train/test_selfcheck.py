@@ -20,7 +20,7 @@ from tests.loading import CPU
 from tests.packs import table_of, tiny_model
 from tests.tiny import SIZES
 
-LENGTHS = (40, 9, 700, 12, 30, 17)  # the shortest four hold 68 tokens
+LENGTHS = (40, 9, 12, 30, 17)  # the shortest four hold 68 tokens
 
 
 def check(model: Any, lengths: tuple[int, ...] = LENGTHS, *, packed: bool = True) -> SelfCheck:
@@ -36,6 +36,26 @@ def test_a_sound_model_passes(family: str, dtype: torch.dtype) -> None:
     assert result.change_in_the_row is not None and result.change_in_the_row > 0.1
     assert result.summary().startswith("4 rows, 68 tokens: loss ") and "changes other rows by 0" in result.summary()
     assert result.as_dict()["num_tokens"] == 68
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_long_row_is_compared_where_there_is_one(packed: bool) -> None:
+    result = check(tiny_model("gemma3"), (*LENGTHS, 700), packed=packed)
+    assert (result.num_rows, result.num_tokens) == (3, 9 + 700 + 12)
+    assert result.change_in_other_rows == (0.0 if packed else None)
+
+
+def test_a_leak_of_long_rows_only_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost_where_long(starts: Any, lengths: Any, size: int, device: torch.device) -> RowBoundaries:
+        if max(lengths) > 512:
+            starts, lengths = (0,), (size,)
+        return RowBoundaries(starts, lengths, size, device)
+
+    monkeypatch.setattr("qlora_train.model.attention.RowBoundaries", lost_where_long)
+    model = tiny_model("llama")
+    check(model)
+    with pytest.raises(ModelError, match="not what they are alone"):
+        check(model, (*LENGTHS, 700))
 
 
 def test_padded_rows_are_compared_too() -> None:
@@ -58,20 +78,33 @@ def test_experts_may_round_otherwise() -> None:
     [
         ((9,), 2, 18),
         ((9, 5), 2, 14),
-        ((500, 600, 200), 2, 700),
+        ((500, 500, 200), 2, 700),
+        ((500, 600, 200), 3, 1300),
         ((400, 300, 200, 500), 3, 900),
         ((900, 1100), 2, 2000),
         ((1, 5, 6), 2, 11),
+        ((30, 20, 10, 512, 40), 4, 100),
+        ((30, 20, 10, 513, 40), 3, 543),
+        ((30, 20, 10, 513, 2048, 2049, 40), 3, 2078),
+        ((30, 20, 10, 2049, 40), 4, 100),
+        ((30, 20, 700), 3, 750),
+        ((500, 500, 100, 2000), 3, 2600),
+        ((600, 700, 2000), 2, 1300),
     ],
 )
 def test_which_rows_are_taken(lengths: tuple[int, ...], num_rows: int, num_tokens: int) -> None:
-    """One row stands for two; rows that hold no label tell nothing; no more tokens than fit, but for two rows."""
+    """One row stands for two; rows that hold no label tell nothing; no more tokens than fit, but for two rows; one long
+    row beside two short ones."""
     table = table_of(lengths)
     supervised = [row for row in range(len(lengths)) if lengths[row] > 1]
     if len(supervised) < len(lengths):
         assert lengths[0] == 1 and table.num_supervised[0] == 0
     rows = module._rows(table)
     assert (len(rows), sum(lengths[row] for row in rows)) == (num_rows, num_tokens)
+
+
+def test_the_long_row_has_neighbours_on_both_sides() -> None:
+    assert module._rows(table_of((30, 20, 10, 513, 40))) == [2, 3, 1]
 
 
 def lost_boundaries(monkeypatch: pytest.MonkeyPatch) -> None:
