@@ -99,6 +99,9 @@ def data(result: DataResult) -> None:
             f"{batching.padding_frac:.2%} padding; {batching.num_steps:,} optimiser steps in all"
         )
     )
+    if batching.num_unreached_rows:
+        what = "kept rows come in none of these steps: raise train.epochs, train.max_steps or a source's weight"
+        _console.print(Text(f"{batching.num_unreached_rows:,} {what}"))
     for split in account.splits[:1]:
         _rows(split.rows)
     _console.print(Text(f"the whole account: {result.page}"), soft_wrap=True)

@@ -36,6 +36,7 @@ class Batching:
     kind: str
     num_lines: int
     num_steps: int
+    num_unreached_rows: int  # kept, but in no step: the weights are low, or the steps few
     padding_frac: float  # share of the positions that hold no token, each micro-batch as wide as its longest line
     unfilled_frac: float  # the same with every line as wide as seq_len
 
@@ -103,7 +104,7 @@ def account_for(
     return Account(
         splits=tuple(_split_account(recipe, split, tokenizer) for split in splits),
         overlap=overlap(train.table, held_out.table) if held_out else None,
-        batching=_batching(recipe, loader),
+        batching=_batching(recipe, loader, train.table.num_rows),
     )
 
 
@@ -139,12 +140,14 @@ def _split_account(recipe: Recipe, split: Split, tokenizer: PreTrainedTokenizerB
     )
 
 
-def _batching(recipe: Recipe, loader: Loader) -> Batching:
+def _batching(recipe: Recipe, loader: Loader, num_rows: int) -> Batching:
     num_lines, padding_frac = loader.num_lines(0), loader.padding_frac(0)
+    num_steps = loader.num_steps(recipe.train.epochs, recipe.train.max_steps)
     return Batching(
         kind=recipe.data.batching,
         num_lines=num_lines,
-        num_steps=loader.num_steps(recipe.train.epochs, recipe.train.max_steps),
+        num_steps=num_steps,
+        num_unreached_rows=num_rows - loader.num_rows_reached(num_steps),
         padding_frac=padding_frac,
         unfilled_frac=1 - loader.num_tokens(0) / (num_lines * recipe.data.seq_len),
     )

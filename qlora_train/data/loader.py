@@ -112,6 +112,17 @@ class Loader:
         plan = self._planner.plan(epoch)
         return self._first(epoch)[1] + plan.rows_before(within * self._grad_accum_steps)
 
+    def num_rows_reached(self, num_steps: int) -> int:
+        """Different rows that come in the first so many steps: fewer than all with low weights or a short run."""
+        reached = np.zeros(self._table.num_rows, dtype=np.bool_)
+        epoch = 0
+        while (first := self._first(epoch)[0]) < num_steps and not reached.all():
+            plan = self._planner.plan(epoch)
+            stop = min((num_steps - first) * self._grad_accum_steps, plan.num_micro_batches)
+            reached[plan.rows[: plan.rows_before(stop)]] = True
+            epoch += 1
+        return int(reached.sum())
+
     def plan_digest(self, step_index: int) -> str:
         """SHA-256 of the order of the epoch that a step belongs to: what a checkpoint stores besides the position."""
         return self._planner.plan(self._locate(step_index)[0]).digest()

@@ -204,6 +204,8 @@ def _write_facts(loaded: LoadedRecipe, prepared: Prepared, checked: SelfCheck) -
     write_json(run_dir.base, {"source": source, **prepared.base.print.as_dict()})
     train, held_out = inputs.train, inputs.eval
     account = account_for(recipe, train, held_out, inputs.tokenizer, prepared.job.loader)
+    if unreached := account.batching.num_unreached_rows:
+        prepared.job.reporter.warning(f"{unreached:,} kept rows come in none of the steps")
     facts = {
         "files": [
             {"name": source.source.name, "kind": source.source.kind, "sha256": source.digest}

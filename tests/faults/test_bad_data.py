@@ -240,8 +240,10 @@ def test_the_weight_of_a_source_is_how_often_it_is_seen(tmp_path: Path, tiny_lla
         recipe = write_recipe(tmp_path, tiny_llama_dir, data__train=[{"path": "train.jsonl", "weight": weight}])
         outcome = run_cli("data", recipe, "data.batching=shuffled", "train.grad_accum_steps=1", "--json")
         assert outcome.code == 0, outcome.err
-        steps.append(json.loads(outcome.out)["account"]["batching"]["num_steps"])
-    assert steps == [20, 40, 10]
+        batching = json.loads(outcome.out)["account"]["batching"]
+        steps.append((batching["num_steps"], batching["num_unreached_rows"]))
+    assert steps == [(20, 0), (40, 0), (10, 10)]
+    assert "10 kept rows come in none of these steps" in run_cli("data", recipe, "data.batching=shuffled").out
 
 
 def test_streaming_trains_what_the_cache_trains(tmp_path: Path, tiny_llama_dir: Path) -> None:

@@ -378,3 +378,10 @@ def test_two_plans_are_kept() -> None:
     again = planner.plan(0)
     assert again is not plans[0] and np.array_equal(again.rows, plans[0].rows)
     assert len(planner._plans) == 2
+
+
+def test_rows_that_no_step_reaches_are_counted() -> None:
+    half = Loader(table_of([5] * 20), "shuffled", 2, 1, 0, 0, seq_len=8, source_passes=[0.5])
+    assert [half.num_rows_reached(steps) for steps in (0, 1, 5, 10, 99)] == [0, 2, 10, 20, 20]
+    whole = Loader(table_of([5] * 20), "packed", 1, 2, 0, 0, seq_len=10)
+    assert [whole.num_rows_reached(steps) for steps in (1, 4, 5)] == [4, 16, 20]
