@@ -21,10 +21,13 @@ MAX_TOKENS = 1024  # of the short rows, unless the two shortest hold more
 MAX_LONG_TOKENS = 2048
 # So some ten forward passes of at most 3,072 tokens (padded 3 x 2,048), or of the two shortest rows: seconds on a CPU
 # for a small model.
-# Of the loss. The two paths add up in another order, and each sum is rounded anew: float32 (2^-24) stays below 1e-6 on
-# the models of the tests, bfloat16 (2^-9 a rounding) below 1e-3 on them and on SmolLM2. A row that reads its neighbour
-# differs in every logit after the first; that no bit of it changes is checked besides, without a tolerance.
-LOSS_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+# Nats per supervised token. The two paths add up in another order, and each sum is rounded anew: in bfloat16 (2^-9 a
+# rounding) a logit of 20 to 30 moves by some 0.05, which a token of little loss shows as well as one of much (measured
+# on SmolLM2: 0.02 before and 0.05 after training); float32 stays below 1e-5. A row that reads its neighbour differs in
+# every logit after the first; that no bit of it changes is checked besides, without a tolerance.
+LOSS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.15}
+# Of hidden states of other rows, with a mixture of experts.
+EXPERTS_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class SelfCheck:
 
     num_rows: int
     num_tokens: int
+    weight_sum: float  # supervised tokens, by their weights
     loss_together: float  # summed, in nats
     loss_alone: float
     change_in_other_rows: float | None  # when a row's first token is replaced; None: not packed
@@ -73,6 +77,7 @@ def selfcheck(
         result = SelfCheck(
             num_rows=len(rows),
             num_tokens=together.num_tokens,
+            weight_sum=together.weight_sum,
             loss_together=float(causal.loss_sum(together)),
             loss_alone=alone,
             change_in_other_rows=None if changes is None else float(changes[:, 0].max()),
@@ -80,8 +85,8 @@ def selfcheck(
         )
     finally:
         causal.model.train(was_training)
-    tolerance = LOSS_TOLERANCE[hidden.dtype]
-    _judge(result, tolerance, tolerance if _has_experts(causal.decoder.config) else 0.0)
+    change_allowed = EXPERTS_TOLERANCE[hidden.dtype] if _has_experts(causal.decoder.config) else 0.0
+    _judge(result, LOSS_TOLERANCE[hidden.dtype], change_allowed)
     return result
 
 
@@ -124,10 +129,10 @@ def _changes(causal: CausalModel, batch: MicroBatch, before: Tensor) -> Tensor:
 
 def _judge(result: SelfCheck, tolerance: float, change_allowed: float) -> None:
     """ModelError with the numbers when rows are not what they are alone. NaN is a difference."""
-    error = abs(result.loss_together - result.loss_alone) / max(abs(result.loss_alone), 1e-6)
+    error = abs(result.loss_together - result.loss_alone) / result.weight_sum
     what = ""
     if not error <= tolerance:
-        what = f"their loss differs by {error:.2g} of itself (at most {tolerance:g})"
+        what = f"their loss differs by {error:.2g} nats a token (at most {tolerance:g})"
     elif result.change_in_other_rows is not None and not result.change_in_other_rows <= change_allowed:
         what = f"replacing a token changes other rows by {result.change_in_other_rows:g}"
     elif result.change_in_the_row is not None and not result.change_in_the_row > 0:
