@@ -15,7 +15,7 @@ from qlora_train.artifacts import RunDir, locked
 from qlora_train.data.account import Account, account_for, build_loader, write_account
 from qlora_train.data.audit import Audit
 from qlora_train.data.preview import PreviewRow, preview
-from qlora_train.data.split import holds_out, load_splits
+from qlora_train.data.split import load_splits
 from qlora_train.environment import environment
 from qlora_train.errors import DataError, ModelError
 from qlora_train.evaluate.chat import ChatSession
@@ -141,7 +141,7 @@ def evaluate(run: Path, overrides: Sequence[str] = (), *, rows: Path | None = No
         overrides = [*overrides, f"data.eval={json.dumps(str(rows))}"]
     finished = open_run(run, overrides, sections=("eval", *MEASURED_ON))
     recipe = finished.recipe
-    if not holds_out(recipe.data):
+    if not recipe.data.holds_out:
         raise DataError("the recipe names no held-out rows", fix="give a file: qlora-train eval RUN --rows FILE")
     split = finished.load_split("eval", finished.tokenizer(finished.source()))
     trained = load_trained(finished)

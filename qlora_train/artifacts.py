@@ -12,10 +12,10 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 from qlora_train.errors import MachineError
 
@@ -131,13 +131,14 @@ def fsync_dir(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Write one file whole: temporary name beside it, fsync, rename, fsync of the folder."""
+@contextlib.contextmanager
+def _appearing(path: Path) -> Iterator[BinaryIO]:
+    """A file that appears whole or not at all: temporary name beside it, fsync, rename, fsync of the folder."""
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{os.getpid()}-{secrets.token_hex(4)}")
     try:
         with explained(path):
             with temporary.open("xb") as file:
-                file.write(content)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
@@ -147,21 +148,18 @@ def write_file(path: Path, content: bytes) -> None:
             temporary.unlink()
 
 
-@contextlib.contextmanager
-def streamed_file(path: Path) -> Iterator[TextIO]:
-    """A text file to write line by line, which appears whole or not at all, as with `write_file`."""
-    temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{os.getpid()}-{secrets.token_hex(4)}")
-    try:
-        # A lone surrogate of a rejected row cannot be UTF-8; as an escape it is what its file held.
-        with explained(path), temporary.open("x", encoding="utf-8", errors="backslashreplace") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-            temporary.replace(path)
-            fsync_dir(path.parent)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+def write_file(path: Path, content: bytes) -> None:
+    """Write one file whole."""
+    with _appearing(path) as file:
+        file.write(content)
+
+
+def write_json_lines(path: Path, entries: Iterable[Mapping[str, Any]]) -> None:
+    """Write plain data as a JSON line each, one at a time; the file appears whole or not at all."""
+    with _appearing(path) as file:
+        for entry in entries:
+            # A lone surrogate of a rejected row cannot be UTF-8; as an escape it is what its file held.
+            file.write((json.dumps(entry, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace"))
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from qlora_train.artifacts import RunDir, streamed_file, write_file, write_json
+from qlora_train.artifacts import RunDir, write_file, write_json, write_json_lines
 from qlora_train.data.audit import Audit
 from qlora_train.data.duplicates import (
     MAX_ROWS,
@@ -116,17 +115,17 @@ def write_account(run_dir: RunDir, plain: Mapping[str, Any], train: Split, held_
     write_json(run_dir.data, plain)
     write_file(run_dir.audit_page, render_page(plain).encode())
     splits = [split for split in (train, held_out) if split is not None]
-    with streamed_file(run_dir.fates) as fates:
-        for split in splits:
-            for where, fate, reason in split.listed():
-                entry = {"split": split.side, "where": where, "fate": fate, "reason": reason}
-                fates.write(json.dumps(entry, ensure_ascii=False) + "\n")
+    write_json_lines(
+        run_dir.fates,
+        (
+            {"split": split.side, "where": where, "fate": fate, "reason": reason}
+            for split in splits
+            for where, fate, reason in split.listed()
+        ),
+    )
     run_dir.rejected.unlink(missing_ok=True)
     if any(split.audit.counts["rejected"] for split in splits):
-        with streamed_file(run_dir.rejected) as rejected:
-            for split in splits:
-                for entry in split.rejected():
-                    rejected.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        write_json_lines(run_dir.rejected, (entry for split in splits for entry in split.rejected()))
 
 
 def _split_account(recipe: Recipe, split: Split, tokenizer: PreTrainedTokenizerBase) -> SplitAccount:

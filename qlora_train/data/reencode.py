@@ -44,9 +44,10 @@ class Reencoder:
         """The ids of each row."""
         rows = read_rows(self._sources, origins)
         rendered = next(iter(self._renderer.render([rows])))
+        encoded = iter(self._encoder.encode([entry for entry in rendered if not isinstance(entry, RowFault)]))
         ids = []
         for row, entry in zip(rows, rendered, strict=True):
-            tokens = entry if isinstance(entry, RowFault) else self._encoder.encode([entry])[0]
+            tokens = entry if isinstance(entry, RowFault) else next(encoded)
             if not isinstance(tokens, TokenRow):
                 raise DataError(f"the row is not what it was: {tokens.what}", fix="start a new run", where=row.where)
             ids.append(tokens.ids)

@@ -177,16 +177,11 @@ class Split:
         return lambda index: int(first[np.searchsorted(unique, hashes[index])])
 
 
-def holds_out(section: DataSection) -> bool:
-    """Whether a recipe names held-out rows."""
-    return bool(section.eval) or section.split is not None
-
-
 def load_splits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Split, Split | None]:
     """Both sides of a recipe; None where it names no held-out rows. See `load_split` for what it raises."""
     section, seed = recipe.data, recipe.run.seed
     train = load_split(section, "train", tokenizer, seed)
-    return train, load_split(section, "eval", tokenizer, seed) if holds_out(section) else None
+    return train, load_split(section, "eval", tokenizer, seed) if section.holds_out else None
 
 
 def load_split(section: DataSection, side: Side, tokenizer: PreTrainedTokenizerBase, seed: int) -> Split:

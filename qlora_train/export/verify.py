@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from qlora_train.data.fates import Side
 from qlora_train.data.loader import eval_batches
-from qlora_train.data.split import Split, holds_out
+from qlora_train.data.split import Split
 from qlora_train.errors import ModelError
 from qlora_train.evaluate.compare import Distance, distance, observe
 from qlora_train.model.causal import CausalModel
@@ -65,7 +65,7 @@ def load_merged(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
 def rows_to_verify(run: FinishedRun, tokenizer: Any) -> Split:
     """The first `export.verify_rows` held-out rows; training rows where the recipe names no others."""
     limit = run.recipe.export.verify_rows
-    side: Side = "eval" if holds_out(run.recipe.data) else "train"
+    side: Side = "eval" if run.recipe.data.holds_out else "train"
     return run.load_split(side, tokenizer, max_eval_rows=limit, max_train_rows=limit)
 
 

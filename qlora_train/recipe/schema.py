@@ -147,6 +147,11 @@ class DataSection(Section):
         "disk cache.",
     )
 
+    @property
+    def holds_out(self) -> bool:
+        """Whether there are held-out rows."""
+        return bool(self.eval) or self.split is not None
+
 
 class TrainSection(Section):
     epochs: PositiveFloat = Field(1.0, description="Passes over the rows. 1 to 3 for instructions.")

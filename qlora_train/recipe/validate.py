@@ -177,12 +177,8 @@ def _quant_off(recipe: Recipe, origins: Origins) -> Iterator[Problem]:
             yield Problem(what, f"remove {key}, or set quant_type to nf4", _where(origins, dotted))
 
 
-def _holds_out(recipe: Recipe) -> bool:
-    return bool(recipe.data.eval) or recipe.data.split is not None
-
-
 def _eval_without_data(recipe: Recipe, origins: Origins) -> Iterator[Problem]:
-    if _holds_out(recipe):
+    if recipe.data.holds_out:
         return
     wanted = {
         "eval.every": recipe.eval.every > 0,

@@ -7,24 +7,16 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from qlora_train.data.sources.columnar import ColumnarSource, arrow_errors, holds_wanted
-from qlora_train.data.sources.files import DataFile, digest_of, system_errors
+from qlora_train.data.sources.columnar import ColumnarFiles, arrow_errors, holds_wanted
+from qlora_train.data.sources.files import system_errors
 
 _MAGIC = b"ARROW1"
 
 
-class ArrowSource(ColumnarSource):
+class ArrowSource(ColumnarFiles):
     """One Arrow file, or several that follow one another."""
 
     kind = "arrow"
-
-    def __init__(self, name: str, paths: Sequence[Path], in_folder: bool = False) -> None:
-        super().__init__(name)
-        self._files = [DataFile(path) for path in paths]
-        self._in_folder = in_folder
-
-    def digest(self) -> str:
-        return digest_of(self._files, with_names=self._in_folder)
 
     def _batches(self, wanted: Sequence[int] | None) -> Iterator[tuple[int, pa.RecordBatch]]:
         first = 0

@@ -13,7 +13,7 @@ import pyarrow as pa
 from qlora_train.data.problems import RowFault, SourceFault
 from qlora_train.data.sources.base import Columns, OnFault, RawRow
 from qlora_train.data.sources.decode import decode_text
-from qlora_train.data.sources.files import gone, no_rows
+from qlora_train.data.sources.files import DataFile, digest_of, gone, no_rows
 from qlora_train.data.values import NotJson
 
 BATCH_ROWS = 1000  # converted to Python values at a time
@@ -166,3 +166,15 @@ def _from_json(value: object) -> object:
         return decode_text(value) if isinstance(value, str) else value
     except RowFault as fault:
         return NotJson(f"JSON, but {fault.what}")
+
+
+class ColumnarFiles(ColumnarSource):
+    """One file, or several of a kind that follow one another."""
+
+    def __init__(self, name: str, paths: Sequence[Path], in_folder: bool = False) -> None:
+        super().__init__(name)
+        self._files = [DataFile(path) for path in paths]
+        self._in_folder = in_folder
+
+    def digest(self) -> str:
+        return digest_of(self._files, with_names=self._in_folder)

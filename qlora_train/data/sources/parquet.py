@@ -3,29 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from qlora_train.data.sources.columnar import BATCH_ROWS, ColumnarSource, arrow_errors, holds_wanted
-from qlora_train.data.sources.files import DataFile, digest_of, system_errors
+from qlora_train.data.sources.columnar import BATCH_ROWS, ColumnarFiles, arrow_errors, holds_wanted
+from qlora_train.data.sources.files import system_errors
 
 _BUFFER_BYTES = 2**20  # without one, a column of a row group is read whole
 
 
-class ParquetSource(ColumnarSource):
+class ParquetSource(ColumnarFiles):
     """One Parquet file, or several that follow one another. `fetch` decodes the row groups it needs, each once."""
 
     kind = "parquet"
-
-    def __init__(self, name: str, paths: Sequence[Path], in_folder: bool = False) -> None:
-        super().__init__(name)
-        self._files = [DataFile(path) for path in paths]
-        self._in_folder = in_folder
-
-    def digest(self) -> str:
-        return digest_of(self._files, with_names=self._in_folder)
 
     def _batches(self, wanted: Sequence[int] | None) -> Iterator[tuple[int, pa.RecordBatch]]:
         first = 0
