@@ -24,7 +24,7 @@ from qlora_train.export.run import ExportResult, run_export
 from qlora_train.export.verify import load_merged
 from qlora_train.model.causal import CausalModel
 from qlora_train.model.load import resolve_device
-from qlora_train.model.skeleton import linear_layers, load_tokenizer, name_table
+from qlora_train.model.skeleton import check_length, linear_layers, load_config, load_tokenizer, name_table
 from qlora_train.model.source import Source, resolve_source
 from qlora_train.model.trained import MEASURED_ON, load_trained, open_run, refuse_other_base
 from qlora_train.recipe.load import LoadedRecipe, load_recipe
@@ -97,14 +97,16 @@ def check(recipe: Path, overrides: Sequence[str] = ()) -> CheckResult:
 def data(recipe: Path, overrides: Sequence[str] = ()) -> DataResult:
     """Account for every row of a recipe's data, and write the account into its run folder; no weights, no training.
 
-    What takes the model's config (its longest row, its vocabulary) is checked by `check` and by training.
+    Whether the model's vocabulary and layers suit is checked by `check` and by training.
     Raises RecipeError where the folder holds a run already, DataError and ModelError as training would for the rows,
     MachineError when the folder cannot be written.
     """
     settings = load_recipe(recipe, overrides).recipe
     run_dir = RunDir(settings.run.dir)
     refuse_used(run_dir)
-    tokenizer = load_tokenizer(resolve_source(settings.model, weights=False), settings.model.chat_template)
+    source = resolve_source(settings.model, weights=False)
+    check_length(load_config(source), settings.data.seq_len)
+    tokenizer = load_tokenizer(source, settings.model.chat_template)
     train_split, held_out = load_splits(settings, tokenizer)
     loader = build_loader(settings, train_split, tokenizer.pad_token_id)
     account = account_for(settings, train_split, held_out, tokenizer, loader)

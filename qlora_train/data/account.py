@@ -102,7 +102,7 @@ def account_for(
     splits = [split for split in (train, held_out) if split is not None]
     return Account(
         splits=tuple(_split_account(recipe, split, tokenizer) for split in splits),
-        overlap=overlap(train.table, held_out.table) if held_out else None,
+        overlap=overlap(train.undivided, held_out.undivided) if held_out else None,
         batching=_batching(recipe, loader, train.table.num_rows),
     )
 
@@ -132,8 +132,8 @@ def _split_account(recipe: Recipe, split: Split, tokenizer: PreTrainedTokenizerB
     table = split.table
     return SplitAccount(
         audit=split.audit,
-        duplicates=find_exact(table.column("content_hash"), table.where),
-        near_duplicates=near_duplicates(table, STREAMED_SAMPLE if recipe.data.streaming else MAX_ROWS),
+        duplicates=find_exact(split.undivided.column("content_hash"), split.undivided.where),
+        near_duplicates=near_duplicates(split.undivided, STREAMED_SAMPLE if recipe.data.streaming else MAX_ROWS),
         histogram=length_histogram(split.lengths_as_read(), recipe.data.seq_len),
         rows=tuple(rows_to_look_at(table, tokenizer, recipe.run.seed)),
     )

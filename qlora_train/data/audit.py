@@ -6,10 +6,19 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import islice
-from typing import Any, Literal, get_args
+from typing import Any
 
-Fate = Literal["kept", "cut", "dropped", "rejected", "duplicate", "held_out", "not_selected"]
-FATES: tuple[Fate, ...] = get_args(Fate)
+Fate = str  # a key of MEANINGS
+MEANINGS: dict[Fate, str] = {
+    "kept": "Used whole.",
+    "cut": "Longer than seq_len: used up to there, the end is lost.",
+    "dropped": "Left out, since as tokens they have nothing to teach or do not fit. The reasons are below.",
+    "rejected": "Nothing to train on can be made of them. They are listed in rejected.jsonl.",
+    "duplicate": "Left out, since an earlier row is the same.",
+    "held_out": "Set aside for validation.",
+    "not_selected": "Left out, since the recipe asks for fewer rows.",
+}
+FATES = tuple(MEANINGS)
 TRAINED: tuple[Fate, ...] = ("kept", "cut")
 LOST: tuple[Fate, ...] = ("cut", "dropped", "rejected")
 EXAMPLES = 3  # of a kind of reason
@@ -65,7 +74,8 @@ class Audit:
     counts: Mapping[Fate, int]
     reasons: tuple[Reason, ...]
     sources: tuple[SourceAccount, ...]
-    num_tokens: int  # of the trained rows
+    num_pieces: int  # that the trained rows make: as many, unless some are split
+    num_tokens: int  # of the pieces
     num_supervised_tokens: int
     num_read_tokens: int  # of all rows of the split, the rejected ones at the mean length of the others
     num_lost_tokens: int  # of these: in dropped and rejected rows, and in the ends of cut ones
@@ -101,6 +111,7 @@ class Audit:
         """One line for a person."""
         others = [f"{self.counts[fate]:,} {fate.replace('_', ' ')}" for fate in FATES[1:] if self.counts[fate]]
         rows = f"{self.num_trained:,} of {self.num_rows:,} rows" + (f" ({', '.join(others)})" if others else "")
+        rows += f", in {self.num_pieces:,} pieces" if self.num_pieces != self.num_trained else ""
         lost = f", {self.lost_token_frac:.1%} of the tokens lost" if self.num_lost_tokens else ""
         formats = "format " + ", ".join(dict.fromkeys(source.format for source in self.sources))
         tokens = f"{self.num_tokens:,} tokens, {self.num_supervised_tokens:,} supervised"

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
-from transformers import PreTrainedTokenizerBase
 
 from qlora_train.data.encode import Encoder
 from qlora_train.data.formats import detect, parse_row
@@ -102,15 +101,18 @@ class _Writer:
         self._rows, self._num_tokens, self._columns = [], 0, {name: [] for name in _COLUMNS}
 
 
-def build(source: Source, reading: Reading, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Facts:
+def build(source: Source, reading: Reading, encoder: Encoder, folder: Path) -> Facts:
     """Write the table, the faults and the facts of one source into `folder`. SourceFault where it cannot be read.
 
     Rows are held a batch at a time, so memory does not grow with their number. The template's worker renders one batch
     while the tokenizer encodes the batch before.
     """
-    facts, encoder = Facts(row_format="" if reading.row_format == "auto" else reading.row_format), Encoder(tokenizer)
+    facts = Facts(row_format="" if reading.row_format == "auto" else reading.row_format)
     writer = _Writer(folder / TOKENS, with_ids=reading.with_ids)
-    with (folder / FAULTS).open("x", encoding="utf-8") as faults, Renderer(tokenizer, reading.loss_on) as renderer:
+    with (
+        (folder / FAULTS).open("x", encoding="utf-8") as faults,
+        Renderer(encoder.tokenizer, reading.loss_on) as renderer,
+    ):
 
         def note(
             number: int, fault: RowFault, shown: str, num_bytes: int = 0, *, kind: Kind = "row", num_tokens: int = 0

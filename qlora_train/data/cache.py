@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import pyarrow as pa
-from transformers import PreTrainedTokenizerBase
 
 from qlora_train.artifacts import cache_dir, explained, manifest_faults, publishing, retire
 from qlora_train.data.build import FACTS, FAULTS, TOKENS, Facts, Reading, build
+from qlora_train.data.encode import Encoder
 from qlora_train.data.sources.base import Source
 from qlora_train.data.table import Encode, TokenTable
 from qlora_train.environment import code_sha256, versions
@@ -53,22 +53,14 @@ class CachedSource:
                 yield json.loads(line)
 
 
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of what turns a row into ids: vocabulary, normalisation, special tokens, chat template."""
-    backend = tokenizer.backend_tokenizer.to_str()
-    named = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    split = bool(getattr(tokenizer, "split_special_tokens", False))
-    return hashlib.sha256(json.dumps([backend, tokenizer.chat_template, named, split]).encode()).hexdigest()
-
-
-def cached(source: Source, reading: Reading, tokenizer: PreTrainedTokenizerBase) -> CachedSource:
+def cached(source: Source, reading: Reading, encoder: Encoder) -> CachedSource:
     """The source's table, from the cache where its content, tokenizer, template, reading and our code are the same."""
     limit_gib, digest, library_versions = _limit_gib(), source.digest(), versions()
     parts = [
         source.kind,
         digest,
         asdict(reading),
-        tokenizer_fingerprint(tokenizer),
+        encoder.fingerprint,
         code_sha256("data"),
         [library_versions[name] for name in _LIBRARIES],
     ]
@@ -82,7 +74,7 @@ def cached(source: Source, reading: Reading, tokenizer: PreTrainedTokenizerBase)
             retire(folder)  # a disk fault, or a hand in the cache: make it again
         if not folder.is_dir():
             with publishing(folder, manifest={"source": source.name}) as temporary:
-                build(source, reading, tokenizer, temporary)
+                build(source, reading, encoder, temporary)
     with contextlib.suppress(OSError):  # a cache that others own too
         os.utime(folder)
     facts = Facts(**json.loads((folder / FACTS).read_text(encoding="utf-8")))

@@ -7,8 +7,11 @@ from where they stand in the text, never from what they are. A pad token that is
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -40,6 +43,7 @@ class Encoder:
                 f"the tokenizer of {tokenizer.name_or_path!r} is a slow one, which cannot tell the place of its tokens",
                 fix="use one with a tokenizer.json",
             )
+        self.tokenizer = tokenizer
         self._backend = _with_whole_offsets(tokenizer)
         special = special_tokens(tokenizer)
         self._special_ids = frozenset(special.values())
@@ -49,6 +53,15 @@ class Encoder:
         self._greedy_ids = frozenset(key for key, token in added if token.lstrip or token.rstrip)
         self._added_ids = {**special, **{token.content: key for key, token in added}}
         self._newline = self._backend.encode("\n", add_special_tokens=False).ids
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of what turns a row into ids: vocabulary, normalisation, special tokens, chat template."""
+        tokenizer = self.tokenizer
+        backend = tokenizer.backend_tokenizer.to_str()
+        named = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+        split = bool(getattr(tokenizer, "split_special_tokens", False))
+        return hashlib.sha256(json.dumps([backend, tokenizer.chat_template, named, split]).encode()).hexdigest()
 
     def encode(self, rendered: Sequence[Rendered]) -> list[TokenRow | RowFault]:
         """The tokens of each row, or why it cannot be trained on, in order."""

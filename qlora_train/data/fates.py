@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -19,13 +20,18 @@ ELSEWHERE = -1  # a row of the other side: it is counted there
 _CARVE_KEY = np.uint64(0x9E3779B97F4A7C15)  # so that the choice has nothing to do with other uses of the hash
 
 
-def choose(whole: TokenTable, section: DataSection, side: Side, seed: int) -> NDArray[np.int8]:
-    """The fate of every row of `whole` (an index into FATES, or ELSEWHERE) on one side."""
+def choose(
+    whole: TokenTable, section: DataSection, side: Side, seed: int, text_sources: Sequence[int] = ()
+) -> NDArray[np.int8]:
+    """The fate of every row of `whole` (an index into FATES, or ELSEWHERE) on one side.
+
+    `text_sources`: those whose rows are plain text, which `data.overlong: split` divides.
+    """
     fates = np.full(whole.num_rows, CODE["kept"], dtype=np.int8)
     if section.split is not None:
         held_out = carve(whole.column("prompt_hash"), section.split)
         fates[held_out if side == "train" else ~held_out] = CODE["held_out"] if side == "train" else ELSEWHERE
-    _judge_lengths(fates, whole, section)
+    _judge_lengths(fates, whole, section, text_sources)
     if side == "train" and section.duplicates == "drop":
         kept = _among(fates, "kept", "cut")
         fates[kept[exact_duplicates(whole.column("content_hash")[kept])]] = CODE["duplicate"]
@@ -47,10 +53,14 @@ def carve(prompt_hashes: NDArray[np.uint64], frac: float) -> NDArray[np.bool_]:
     return held_out
 
 
-def _judge_lengths(fates: NDArray[np.int8], whole: TokenTable, section: DataSection) -> None:
-    """Rows longer than seq_len are dropped, or cut where something is left to train."""
+def _judge_lengths(
+    fates: NDArray[np.int8], whole: TokenTable, section: DataSection, text_sources: Sequence[int]
+) -> None:
+    """Rows longer than seq_len are dropped, or cut where something is left to train; of text that is split, kept."""
     long = _among(fates, "kept")
     long = long[whole.lengths[long] > section.seq_len]
+    if section.overlong == "split":
+        long = long[~np.isin(whole.column("source")[long], text_sources)]
     if section.overlong == "cut" and len(long):
         left = whole.take(long, section.seq_len).num_supervised > 0
         fates[long[left]] = CODE["cut"]

@@ -10,6 +10,7 @@ from functools import lru_cache
 from qlora_train.data.conversation import SHAREGPT_ROLES, json_list, parse_messages, parse_tools
 from qlora_train.data.problems import RowFault
 from qlora_train.data.rows import MessagesRow, PromptCompletionRow, Row, TextRow
+from qlora_train.data.sources.decode import decode_text
 from qlora_train.data.values import json_name, text_value
 
 Columns = Mapping[str, object]
@@ -77,13 +78,18 @@ def _earlier_turns(history: object) -> list[dict[str, str]]:
 
 
 def _prompt_completion_row(where: str, columns: Columns, names: ColumnMap) -> Row:
-    """Both verbatim; or, where both are lists of messages, one conversation that is trained on in the completion."""
+    """Both verbatim; or, where both are lists of messages, one conversation that is trained on in the completion.
+
+    Lists may stand as JSON text, as in the cells of a CSV file. Where only one of the two reads as such, both are text.
+    """
+    keys = _keys(names, "role", "content")
     prompt, completion = columns["prompt"], columns["completion"]
+    if (turns := _turns_of_text(prompt, keys[0])) and (answers := _turns_of_text(completion, keys[0])):
+        prompt, completion = turns, answers
     if isinstance(prompt, list) and isinstance(completion, list):
-        for name, turns in (("prompt", prompt), ("completion", completion)):
-            if not turns:
+        for name, entries in (("prompt", prompt), ("completion", completion)):
+            if not entries:
                 raise RowFault(f"{name} is empty", "leave the row out")
-        keys = _keys(names, "role", "content")
         messages, weights = parse_messages([*prompt, *completion], "prompt + completion", keys)
         weights = weights or tuple(float(message["role"] == "assistant") for message in messages)
         weights = (*([0.0] * len(prompt)), *weights[len(prompt) :])
@@ -94,6 +100,19 @@ def _prompt_completion_row(where: str, columns: Columns, names: ColumnMap) -> Ro
     if not answer.strip():
         raise RowFault("completion is empty", "fill it in, or leave the row out: there is nothing to train")
     return PromptCompletionRow(where, text_value(prompt, "prompt"), answer)
+
+
+def _turns_of_text(value: object, role: str) -> list[object] | None:
+    """The messages that JSON text holds, or None where it holds anything but a list of objects with a role."""
+    if not isinstance(value, str) or value.lstrip()[:1] != "[":
+        return None
+    try:
+        entries = decode_text(value)
+    except RowFault:
+        return None
+    if isinstance(entries, list) and all(isinstance(entry, dict) and role in entry for entry in entries):
+        return entries
+    return None
 
 
 def _text_row(where: str, columns: Columns, names: ColumnMap) -> Row:

@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import escape
 from numpy.typing import NDArray
 
+from qlora_train.data.audit import MEANINGS
 from qlora_train.data.preview import printable
 
 MAX_TEXT = 200  # characters of a name, a place or a reason
@@ -20,16 +21,6 @@ MAX_PREVIEWS = 20  # rows of a split
 PREVIEW_BYTES = 300_000  # for the tokens of all rows together
 MAX_BINS = 25
 _MARKUP_BYTES = 40  # of a token, at the most
-
-FATES = {
-    "kept": "Used whole.",
-    "cut": "Longer than seq_len: used up to there, the end is lost.",
-    "dropped": "Left out, since as tokens they have nothing to teach or do not fit. The reasons are below.",
-    "rejected": "Nothing to train on can be made of them. They are listed in rejected.jsonl.",
-    "duplicate": "Left out, since an earlier row is the same.",
-    "held_out": "Set aside for validation.",
-    "not_selected": "Left out, since the recipe asks for fewer rows.",
-}
 
 BATCHINGS = {
     "packed": "Whole rows are laid end to end in packs of seq_len tokens, each row blind to the others.",
@@ -90,7 +81,7 @@ def render_page(audit: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
     )
     environment.filters["percent"] = _percent
-    return environment.get_template("page.html.jinja").render(view, fates=FATES, batchings=BATCHINGS)
+    return environment.get_template("page.html.jinja").render(view, fates=MEANINGS, batchings=BATCHINGS)
 
 
 def length_histogram(lengths: NDArray[np.int32], seq_len: int) -> dict[str, list[int]]:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerBase
 
 from qlora_train.data.cache import CachedSource
 from qlora_train.data.encode import Encoder
@@ -36,9 +35,9 @@ def read_rows(sources: Sequence[CachedSource], origins: Sequence[Origin]) -> lis
 class Reencoder:
     """Makes the tokens of rows anew, for `data.streaming`. Its template's worker lives as long as it does."""
 
-    def __init__(self, sources: Sequence[CachedSource], tokenizer: PreTrainedTokenizerBase, loss_on: str) -> None:
-        self._sources, self._encoder = sources, Encoder(tokenizer)
-        self._renderer = Renderer(tokenizer, loss_on)
+    def __init__(self, sources: Sequence[CachedSource], encoder: Encoder, loss_on: str) -> None:
+        self._sources, self._encoder = sources, encoder
+        self._renderer = Renderer(encoder.tokenizer, loss_on)
 
     def __call__(self, origins: Sequence[Origin]) -> list[NDArray[np.int32]]:
         """The ids of each row."""

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from qlora_train.data.audit import EXAMPLES, FATES, Audit, Fate, Reasons, SourceAccount, losses
+from qlora_train.data.audit import EXAMPLES, FATES, TRAINED, Audit, Fate, Reasons, SourceAccount, losses
 from qlora_train.data.build import LEAST_CHARS_LIMIT, Reading
 from qlora_train.data.cache import CachedSource, cached
 from qlora_train.data.encode import Encoder
@@ -37,6 +37,17 @@ class Split:
     sources: tuple[CachedSource, ...]
     section: DataSection
     side: Side
+
+    @cached_property
+    def undivided(self) -> TokenTable:
+        """The rows of `table`, each once where they are split."""
+        if self.section.overlong != "split":
+            return self.table
+        return self.whole.take(np.flatnonzero(self._is_trained))
+
+    @property
+    def _is_trained(self) -> NDArray[np.bool_]:
+        return np.isin(self.fates, [CODE[fate] for fate in TRAINED])
 
     @property
     def largest_id(self) -> int:
@@ -82,13 +93,14 @@ class Split:
             counts=counts,
             reasons=reasons.listed(),
             sources=self._accounts(),
+            num_pieces=self.table.num_rows,
             num_tokens=int(self.table.lengths.sum()),
             num_supervised_tokens=int(self.table.num_supervised.sum()),
             num_read_tokens=int(read.sum()) + num_unread,
             num_lost_tokens=lost + num_unread,
-            num_plain_specials=int(self.table.column("num_plain_specials").sum()),
-            num_control_specials=int(self.table.column("num_control_specials").sum()),
-            num_context_turns=int(self.table.column("num_context_turns").sum()),
+            num_plain_specials=int(self.undivided.column("num_plain_specials").sum()),
+            num_control_specials=int(self.undivided.column("num_control_specials").sum()),
+            num_context_turns=int(self.undivided.column("num_context_turns").sum()),
         )
 
     def listed(self) -> Iterator[tuple[str, Fate, str]]:
@@ -122,7 +134,7 @@ class Split:
     def _accounts(self) -> tuple[SourceAccount, ...]:
         count = len(self.sources)
         read = np.bincount(self.whole.column("source")[self.fates != ELSEWHERE], minlength=count)
-        trained = np.bincount(self.table.column("source"), minlength=count)
+        trained = np.bincount(self.undivided.column("source"), minlength=count)
         return tuple(
             SourceAccount(
                 source.source.name,
@@ -144,13 +156,15 @@ class Split:
         if fate == "cut":
             return f"longer than {self.section.seq_len:,} tokens: cut there"
         if fate == "dropped":
-            return f"longer than {self.section.seq_len:,} tokens{self._cut_away}"
+            return f"longer than {self.section.seq_len:,} tokens{self._why_dropped}"
         if fate == "duplicate":
             return "repeats an earlier row"
         return f"held out: data.split is {self.section.split}" if fate == "held_out" else self._limit
 
     @property
-    def _cut_away(self) -> str:
+    def _why_dropped(self) -> str:
+        if self.section.overlong == "split":
+            return ": only plain text is split"
         return ": cut there, it has nothing left to train" if self.section.overlong == "cut" else ""
 
     @property
@@ -164,7 +178,7 @@ class Split:
         if fate == "cut":
             return f"cut from {length:,} to {seq_len:,} tokens: it loses its end"
         if fate == "dropped":
-            return f"the row is {length:,} tokens long; data.seq_len is {seq_len:,}{self._cut_away}"
+            return f"the row is {length:,} tokens long; data.seq_len is {seq_len:,}{self._why_dropped}"
         if fate == "duplicate":
             return f"repeats {self.whole.where(self._first_of(index))}"
         return self._kind(fate)
@@ -179,9 +193,14 @@ class Split:
 
 def load_splits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Split, Split | None]:
     """Both sides of a recipe; None where it names no held-out rows. See `load_split` for what it raises."""
-    section, seed = recipe.data, recipe.run.seed
-    train = load_split(section, "train", tokenizer, seed)
-    return train, load_split(section, "eval", tokenizer, seed) if section.holds_out else None
+    section, seed, encoder = recipe.data, recipe.run.seed, Encoder(tokenizer)
+    rows = _read(section, "train", encoder)
+    train = _choose(rows, section, "train", seed)
+    if not section.holds_out:
+        return train, None
+    if section.split is None:
+        rows = _read(section, "eval", encoder)
+    return train, _choose(rows, section, "eval", seed)
 
 
 def load_split(section: DataSection, side: Side, tokenizer: PreTrainedTokenizerBase, seed: int) -> Split:
@@ -191,13 +210,27 @@ def load_split(section: DataSection, side: Side, tokenizer: PreTrainedTokenizerB
     or more tokens are lost than `data.max_lost_frac`; ModelError when the chat template fails on a row. Held-out rows
     are the same whatever the seed.
     """
-    sources = _open(section, side, tokenizer)
-    encode = Reencoder(sources, tokenizer, section.loss_on) if section.streaming else None
-    whole = joined([source.table(encode) for source in sources], encode)
-    fates = choose(whole, section, side, seed)
+    return _choose(_read(section, side, Encoder(tokenizer)), section, side, seed)
+
+
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """All rows of some sources; a set that is carved in two is read once for both sides."""
+
+    whole: TokenTable
+    sources: tuple[CachedSource, ...]
+
+
+def _choose(rows: _Rows, section: DataSection, side: Side, seed: int) -> Split:
+    """One side's rows; see `load_split`."""
+    text_sources = [index for index, source in enumerate(rows.sources) if source.facts.row_format == "text"]
+    fates = choose(rows.whole, section, side, seed, text_sources)
     chosen = np.flatnonzero((fates == CODE["kept"]) | (fates == CODE["cut"]))
-    table = whole.take(chosen, section.seq_len if section.overlong == "cut" else None)
-    split = Split(table, whole, fates, sources, section, side)
+    if section.overlong == "split":
+        table = rows.whole.take_pieces(chosen, section.seq_len)
+    else:
+        table = rows.whole.take(chosen, section.seq_len if section.overlong == "cut" else None)
+    split = Split(table, rows.whole, fates, rows.sources, section, side)
     _refuse_bad(split)
     if not table.num_rows:
         raise _nothing_left(split)
@@ -210,9 +243,9 @@ def _entries(section: DataSection, side: Side) -> tuple[SourceSection, ...]:
     return section.eval if side == "eval" and section.split is None else section.train
 
 
-def _open(section: DataSection, side: Side, tokenizer: PreTrainedTokenizerBase) -> tuple[CachedSource, ...]:
-    """The sources of a side as tables; DataError with what is wrong in any of them."""
-    max_chars = max(LEAST_CHARS_LIMIT, section.seq_len * Encoder(tokenizer).longest_piece)
+def _read(section: DataSection, side: Side, encoder: Encoder) -> _Rows:
+    """The sources of a side as one table; DataError with what is wrong in any of them."""
+    max_chars = max(LEAST_CHARS_LIMIT, section.seq_len * encoder.longest_piece)
     found, problems = [], ProblemList("mend them and start again")
     for entry in _entries(section, side):
         reading = Reading(
@@ -224,11 +257,13 @@ def _open(section: DataSection, side: Side, tokenizer: PreTrainedTokenizerBase) 
         )
         try:
             source = open_source(entry.path, revision=entry.revision, subset=entry.subset, split=entry.split)
-            found.append(cached(source, reading, tokenizer))
+            found.append(cached(source, reading, encoder))
         except SourceFault as fault:
             problems.add(fault.what, fault.fix, entry.path)
     problems.raise_if_any()
-    return tuple(found)
+    sources = tuple(found)
+    encode = Reencoder(sources, encoder, section.loss_on) if section.streaming else None
+    return _Rows(joined([source.table(encode) for source in sources], encode), sources)
 
 
 def _refuse_bad(split: Split) -> None:

@@ -68,7 +68,8 @@ class TokenRow:
 class TokenTable:
     """Rows that can be trained on, by index. Labels are not shifted: token i is supervised if it is to be predicted.
 
-    A table may be a view: some of the rows (`chosen`), each cut to its first `max_tokens`.
+    A table may be a view: some of the rows (`chosen`), each cut to its first `max_tokens`, or to those from its entry
+    in `starts` on.
     """
 
     def __init__(
@@ -80,10 +81,11 @@ class TokenTable:
         encode: Encode | None = None,
         chosen: NDArray[np.int64] | None = None,
         max_tokens: int | None = None,
+        starts: NDArray[np.int64] | None = None,
     ) -> None:
         assert (encode is None) == ("input_ids" in table.column_names)
         self._table, self._places, self._digest, self._encode = table, tuple(places), digest, encode
-        self._chosen, self._max_tokens = chosen, max_tokens
+        self._chosen, self._max_tokens, self._starts = chosen, max_tokens, starts
         chunks = table.column("num_tokens").chunks
         self._chunk_starts = [0, *accumulate(len(chunk) for chunk in chunks)]
         names = ("input_ids",) if encode is None else ()
@@ -106,14 +108,38 @@ class TokenTable:
         )
         return cls(pa.Table.from_batches([batch]), [lambda number: f"{source}:{number}"], digest_rows(rows).hexdigest())
 
-    def take(self, chosen: NDArray[np.int64], max_tokens: int | None = None) -> TokenTable:
-        """A view of the rows at these indices, cut where they are longer than `max_tokens`."""
+    def take(
+        self, chosen: NDArray[np.int64], max_tokens: int | None = None, starts: NDArray[np.int64] | None = None
+    ) -> TokenTable:
+        """A view of the rows at these indices, cut where they are longer than `max_tokens`.
+
+        With `starts`, each begins at that token of its row, which is not supervised: nothing stands before it.
+        """
         assert self._chosen is None and self._max_tokens is None, "a view of a view"
         digest = hashlib.sha256(f"{self._digest} {max_tokens}".encode())
-        digest.update(chosen.astype("<i8").tobytes())
+        for indices in (chosen, starts):
+            if indices is not None:
+                digest.update(indices.astype("<i8").tobytes())
         return TokenTable(
-            self._table, self._places, digest.hexdigest(), encode=self._encode, chosen=chosen, max_tokens=max_tokens
+            self._table,
+            self._places,
+            digest.hexdigest(),
+            encode=self._encode,
+            chosen=chosen,
+            max_tokens=max_tokens,
+            starts=starts,
         )
+
+    def take_pieces(self, chosen: NDArray[np.int64], max_tokens: int) -> TokenTable:
+        """A view of the rows at these indices, each as consecutive pieces of at most `max_tokens`.
+
+        A piece after the first begins with the last token of the one before. That token is context there, so every
+        token that is supervised in the row is supervised in exactly one piece; a piece holds at least two tokens.
+        """
+        step = max_tokens - 1
+        counts = np.maximum(1, -(-(self.lengths[chosen].astype(np.int64) - 1) // step))
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        return self.take(np.repeat(chosen, counts), max_tokens, within * step)
 
     @property
     def num_rows(self) -> int:
@@ -124,6 +150,8 @@ class TokenTable:
     def lengths(self) -> NDArray[np.int32]:
         """Tokens of each row."""
         lengths = self.column("num_tokens")
+        if self._starts is not None:
+            lengths = lengths - self._starts.astype(np.int32)
         return lengths if self._max_tokens is None else np.minimum(lengths, np.int32(self._max_tokens))
 
     @cached_property
@@ -164,8 +192,11 @@ class TokenTable:
             ids = [self._cell("input_ids", self._at(index)) for index in indices]
         else:
             ids = self._encode(self.origins(indices))
-        stop = self._max_tokens
-        return [TokenRow(row_ids[:stop], *self._spans(index)) for index, row_ids in zip(indices, ids, strict=True)]
+        rows = []
+        for index, row_ids in zip(indices, ids, strict=True):
+            start = self._start(index)
+            rows.append(TokenRow(row_ids[start : start + int(self.lengths[index])], *self._spans(index)))
+        return rows
 
     def row(self, index: int) -> TokenRow:
         """One row."""
@@ -178,14 +209,19 @@ class TokenTable:
     def _at(self, index: int) -> int:
         return index if self._chosen is None else int(self._chosen[index])
 
+    def _start(self, index: int) -> int:
+        return 0 if self._starts is None else int(self._starts[index])
+
     def _spans(self, index: int) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-        """Starts, stops and weights of a row's spans, as far as the row is not cut."""
+        """Starts, stops and weights of a row's spans, as far as they lie in what the view holds of it."""
         at = self._at(index)
         starts, stops, weights = (self._cell(f"span_{name}", at) for name in ("starts", "stops", "weights"))
-        if self._max_tokens is None or not len(stops) or stops[-1] <= self._max_tokens:
+        begin = self._start(index)
+        if not begin and (self._max_tokens is None or not len(stops) or stops[-1] <= self._max_tokens):
             return starts, stops, weights
-        inside = starts < self._max_tokens
-        return starts[inside], np.minimum(stops[inside], np.int32(self._max_tokens)), weights[inside]
+        low, high = np.int32(begin + 1 if begin else 0), np.int32(begin + self.lengths[index])
+        inside = (starts < high) & (stops > low)
+        return np.maximum(starts[inside], low) - begin, np.minimum(stops[inside], high) - begin, weights[inside]
 
     def _cell(self, name: str, at: int) -> NDArray[Any]:
         chunk = bisect_right(self._chunk_starts, at) - 1

@@ -194,13 +194,21 @@ def _eval_without_data(recipe: Recipe, origins: Origins) -> Iterator[Problem]:
 
 
 def _loss_on_text(recipe: Recipe, origins: Origins) -> Iterator[Problem]:
-    loss_on = recipe.data.loss_on
-    if recipe.data.format == "text" and loss_on != "all" and _given(origins, "data.loss_on"):
-        what = (
-            f"data.loss_on: {loss_on} has no effect: data.format is text ({_at(origins, 'data.format')}), "
-            "and text rows have no answers: all of their tokens are trained"
-        )
-        yield Problem(what, "set loss_on to all, or remove it", _where(origins, "data.loss_on"))
+    """A choice between answers where no source has any. Where one has, text rows beside it are trained whole."""
+    data = recipe.data
+    if data.loss_on == "all" or not _given(origins, "data.loss_on"):
+        return
+    sources = (*data.train, *data.eval)
+    if any((source.format or data.format) != "text" for source in sources):
+        return
+    own = [source.path for source in sources if source.format is not None]
+    told = "" if len(own) == len(sources) else f"data.format is text ({_at(origins, 'data.format')})"
+    named = f"the format of {', '.join(own)} is text" if own else ""
+    what = (
+        f"data.loss_on: {data.loss_on} has no effect: {' and '.join(filter(None, (told, named)))}, "
+        "and text rows have no answers: all of their tokens are trained"
+    )
+    yield Problem(what, "set loss_on to all, or remove it", _where(origins, "data.loss_on"))
 
 
 def _same_file(recipe: Recipe, origins: Origins) -> Iterator[Problem]:
@@ -271,6 +279,43 @@ def _attention_of_packs(recipe: Recipe, origins: Origins) -> Iterator[Problem]:
         yield Problem(what, fix, _where(origins, "model.attn_implementation"))
 
 
+def _paged_on_cpu(recipe: Recipe, origins: Origins) -> Iterator[Problem]:
+    optimizer = recipe.train.optimizer
+    if optimizer.startswith("paged_") and recipe.model.device == "cpu":
+        what = f"train.optimizer: {optimizer} needs CUDA, and model.device is cpu ({_at(origins, 'model.device')})"
+        fix = f"set optimizer to {optimizer.removeprefix('paged_')}"
+        yield Problem(what, fix, _where(origins, "train.optimizer"))
+
+
+def _checkpointing(recipe: Recipe, origins: Origins) -> Iterator[Problem]:
+    """Keys that only a policy chosen by hand reads, and what needs a card."""
+    train = recipe.train
+    asked = {"checkpoint_every": train.checkpoint_every > 1, "offload_checkpoints": train.offload_checkpoints}
+    if train.checkpointing in ("auto", "none"):
+        for key in (key for key, is_asked in asked.items() if is_asked):
+            dotted, chosen = f"train.{key}", f"train.checkpointing is {train.checkpointing}"
+            what = f"{dotted} has no effect: {chosen} ({_at(origins, 'train.checkpointing')})"
+            yield Problem(what, f"set checkpointing to full or selective, or remove {key}", _where(origins, dotted))
+    if train.offload_checkpoints and recipe.model.device == "cpu":
+        what = f"train.offload_checkpoints needs CUDA, and model.device is cpu ({_at(origins, 'model.device')})"
+        yield Problem(what, "remove offload_checkpoints", _where(origins, "train.offload_checkpoints"))
+
+
+def _resident_layers(recipe: Recipe, origins: Origins) -> Iterator[Problem]:
+    if recipe.train.resident_layers in ("auto", 0):
+        return
+    reasons = {
+        f"quant.quant_type is none ({_at(origins, 'quant.quant_type')}), nothing is dequantised": (
+            recipe.quant.quant_type == "none"
+        ),
+        f"train.fused is false ({_at(origins, 'train.fused')})": not recipe.train.fused,
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            what = f"train.resident_layers has no effect: {reason}"
+            yield Problem(what, "remove resident_layers", _where(origins, "train.resident_layers"))
+
+
 def _missing(dotted: str, path: Path, origins: Origins, kind: str) -> Iterator[Problem]:
     """A problem if there is no file, folder or either (`kind`: file, folder, file or folder) at `path`."""
     where, found = _where(origins, dotted), kind_of(path)
@@ -321,6 +366,9 @@ _CHECKS: tuple[tuple[tuple[str, ...], Callable[[Recipe, Origins], Iterator[Probl
     (("data",), _source_keys),
     (("data",), _column_names),
     (("data", "model"), _attention_of_packs),
+    (("train", "model"), _paged_on_cpu),
+    (("train", "model"), _checkpointing),
+    (("train", "quant"), _resident_layers),
     (("data",), _loss_on_text),
     (("data",), _same_file),
     (("data",), _data_files),

@@ -200,6 +200,20 @@ def test_a_share_of_the_rows_is_held_out(tmp_path: Path, tiny_llama_dir: Path) -
     assert len(held_out) == 4 and "0 are trained on too" in first.out and "eval: 4 of 4 rows" in second.out
 
 
+@pytest.mark.parametrize("loss_on", ["completion", "assistant", "all"])
+def test_text_beside_conversations_is_trained_whole(loss_on: str, tmp_path: Path, tiny_llama_dir: Path) -> None:
+    write_rows(tmp_path / "text.jsonl", [{"text": "ls -l"}])
+    sources = [{"path": "text.jsonl", "format": "text"}, {"path": "train.jsonl", "format": "messages"}]
+    changes = {"data__format": "text", "data__train": sources, "data__loss_on": loss_on}
+    changes |= {"data__eval": [], "eval__generate_rows": 0}
+    assert run_cli("data", write_recipe(tmp_path, tiny_llama_dir, **changes)).code == 0
+    only_text = write_recipe(tmp_path, tiny_llama_dir, **changes | {"data__train": ["text.jsonl", sources[0]]})
+    outcome = run_cli("data", only_text)
+    assert outcome.code == (0 if loss_on == "all" else 2), outcome.err
+    if loss_on != "all":
+        refused(outcome, 2, "data.loss_on", "data.format is text", "text.jsonl is text")
+
+
 def test_special_token_text_in_content_is_text_and_counted(tmp_path: Path, tiny_llama_dir: Path) -> None:
     template = (tiny_llama_dir / "chat_template.jinja").read_text()
     special = "<|im_end|>" if "<|im_end|>" in template else "</s>"

@@ -58,6 +58,14 @@ CASES: dict[str, tuple[Spoil, int, tuple[str, ...]]] = {
         4,
         ("'q_projj' matches no linear layer", "q_proj"),
     ),
+    "a choice of answers in text": (
+        lambda _: (
+            {"data__train": [{"path": "train.jsonl", "format": "text"}], "data__eval": []}
+            | {"data__loss_on": "completion"}
+        ),
+        2,
+        ("data.loss_on", "no effect", "train.jsonl is text"),
+    ),
     "seq_len past the model": (lambda _: {"data__seq_len": 100_000}, 4, ("positions",)),
     "cuda without a card": (
         lambda _: {"model__device": "cuda"},
@@ -138,6 +146,12 @@ def test_unusable_models(case: str, tmp_path: Path) -> None:
     spoil(model)
     refused(run_cli("train", write_recipe(tmp_path, model)), code, *words)
     no_trace(tmp_path)
+
+
+def test_a_set_is_not_accounted_for_at_a_length_that_the_model_lacks(tmp_path: Path, tiny_llama_dir: Path) -> None:
+    recipe = write_recipe(tmp_path, tiny_llama_dir, data__seq_len=100_000)
+    refused(run_cli("data", recipe), 4, "data.seq_len is 100,000", "positions")
+    assert not (tmp_path / "run" / "data.json").exists()
 
 
 def test_missing_model_and_package(tmp_path: Path, tiny_llama_dir: Path) -> None:

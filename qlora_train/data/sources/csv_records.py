@@ -12,24 +12,20 @@ from typing import BinaryIO
 from qlora_train.data.problems import RowFault, SourceFault
 from qlora_train.data.sources.base import Columns, OnFault, RawRow
 from qlora_train.data.sources.decode import MAX_ROW_BYTES, not_utf8, too_long
-from qlora_train.data.sources.files import DataFile, digest_of, gone, no_rows
+from qlora_train.data.sources.files import TextFile, gone, no_rows
 from qlora_train.data.sources.jsonl import BOM, SKIP_BYTES
 
 _Record = tuple[int, int, list[str] | RowFault, str, int]  # first line's number and byte offset, cells, text, bytes
 _QUOTED = re.compile(r'"[^"]*+(?:""[^"]*+)*+"')
 
 
-class CsvSource:
+class CsvSource(TextFile):
     """A file whose first record names the columns. A record's place is the line it begins on."""
 
     def __init__(self, name: str, path: Path, delimiter: str) -> None:
-        self.name, self.kind = name, f"csv:{delimiter}"
-        self._path, self._delimiter = str(path), delimiter
-        self._file = DataFile(path)
+        super().__init__(name, path)
+        self.kind, self._delimiter = f"csv:{delimiter}", delimiter
         self._header: list[str] = []
-
-    def place(self, number: int) -> str:
-        return f"{self._path}:{number}"
 
     def read(self, on_fault: OnFault) -> Iterator[RawRow]:
         records = self._records()
@@ -58,9 +54,6 @@ class CsvSource:
                 raise gone(offset)
             rows.append(self._columns(record[2]))
         return rows
-
-    def digest(self) -> str:
-        return digest_of([self._file])
 
     def _columns(self, cells: list[str]) -> Columns:
         return {name: cell or None for name, cell in zip(self._header, cells, strict=True)}

@@ -54,6 +54,21 @@ class DataFile:
             raise SourceFault(what, "start again, and leave the file as it is meanwhile")
 
 
+class TextFile:
+    """What all sources of one text file do alike."""
+
+    def __init__(self, name: str, path: Path) -> None:
+        self.name = name
+        self._path = str(path)
+        self._file = DataFile(path)
+
+    def place(self, number: int) -> str:
+        return f"{self._path}:{number}"
+
+    def digest(self) -> str:
+        return digest_of([self._file])
+
+
 def digest_of(files: Sequence[DataFile], with_names: bool = False) -> str:
     """SHA-256 of the bytes; of several files, of their names (unless alone) and the SHA-256 of each."""
     digests = []

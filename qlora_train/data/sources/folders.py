@@ -26,8 +26,10 @@ def open_folder(name: str, folder: Path, split: str) -> Source:
             raise _no_split(split, splits)
         if not (folder / split / "state.json").is_file():
             raise SourceFault(f"lacks {split}/state.json", "write it again with save_to_disk")
-        folder = folder / split
+        return ArrowSource(name, _saved_files(folder / split), in_folder=True)
     if (folder / "state.json").is_file():
+        if split != "train":
+            raise SourceFault(f"holds one unnamed split, so none is called {split!r}", "remove `split`")
         return ArrowSource(name, _saved_files(folder), in_folder=True)
     entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
     data = [entry for entry in entries if entry.suffix.lower() in SUFFIXES and entry.is_file()]

@@ -5,13 +5,12 @@ from __future__ import annotations
 import codecs
 import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import BinaryIO
 
 from qlora_train.data.problems import RowFault, SourceFault
 from qlora_train.data.sources.base import Columns, OnFault, RawRow
 from qlora_train.data.sources.decode import MAX_ROW_BYTES, as_row, decode_first, is_cut_short, not_utf8, too_long
-from qlora_train.data.sources.files import DataFile, digest_of, gone, no_rows
+from qlora_train.data.sources.files import TextFile, gone, no_rows
 from qlora_train.data.sources.jsonl import BOM
 
 _CHUNK_BYTES = 2**20
@@ -20,18 +19,10 @@ _LENIENT = json.JSONDecoder()  # finds the end of an element that the strict dec
 _SPACE = " \t\r\n"
 
 
-class JsonSource:
+class JsonSource(TextFile):
     """A file with one list of objects, however it is laid out. An element's place is the line it begins on."""
 
     kind = "json"
-
-    def __init__(self, name: str, path: Path) -> None:
-        self.name = name
-        self._path = str(path)
-        self._file = DataFile(path)
-
-    def place(self, number: int) -> str:
-        return f"{self._path}:{number}"
 
     def read(self, on_fault: OnFault) -> Iterator[RawRow]:
         any_row = False
@@ -49,9 +40,6 @@ class JsonSource:
     def fetch(self, locators: Sequence[int]) -> list[Columns]:
         with self._file.opened() as file:
             return [_fetched(file, offset) for offset in locators]
-
-    def digest(self) -> str:
-        return digest_of([self._file])
 
     def _elements(self) -> Iterator[tuple[int, int, object, str]]:
         """Line, byte offset, value and text of each element; SourceFault where the list cannot be read on."""

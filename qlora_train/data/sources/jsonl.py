@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from qlora_train.data.problems import RowFault
 from qlora_train.data.sources.base import Columns, OnFault, RawRow
 from qlora_train.data.sources.decode import MAX_ROW_BYTES, decode_line, too_long
-from qlora_train.data.sources.files import DataFile, digest_of, gone, no_rows
+from qlora_train.data.sources.files import TextFile, gone, no_rows
 
 BOM = b"\xef\xbb\xbf"
 SKIP_BYTES = 2**20  # at a time, to the end of a line that is too long
 _HEAD_BYTES = 1000  # of a line too long to be listed whole
 
 
-class JsonlSource:
+class JsonlSource(TextFile):
     """A file with an object on each line; blank lines are passed over."""
 
     kind = "jsonl"
-
-    def __init__(self, name: str, path: Path) -> None:
-        self.name = name
-        self._path = str(path)
-        self._file = DataFile(path)
-
-    def place(self, number: int) -> str:
-        return f"{self._path}:{number}"
 
     def read(self, on_fault: OnFault) -> Iterator[RawRow]:
         any_row = False
@@ -53,9 +44,6 @@ class JsonlSource:
                 file.seek(offset)
                 raws.append(file.readline(MAX_ROW_BYTES))
         return [_fetched(raw, offset) for raw, offset in zip(raws, locators, strict=True)]
-
-    def digest(self) -> str:
-        return digest_of([self._file])
 
     def _lines(self) -> Iterator[tuple[int, int, bytes, int]]:
         """Number, byte offset, bytes and length of each line; of one that is too long, only the first bytes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -127,6 +128,30 @@ def test_prompt_completion_verbatim() -> None:
     assert refusal({"prompt": "a", "completion": " "}, "prompt_completion").what == "completion is empty"
     assert refusal({"prompt": "a", "completion": ["b"]}, "prompt_completion").what.startswith("completion is a list")
     assert refusal({"prompt": 3, "completion": "b"}, "prompt_completion").what.startswith("prompt is a number")
+
+
+def test_lists_of_messages_may_stand_as_json_text() -> None:
+    lists = {"prompt": [SYSTEM, USER], "completion": [ANSWER]}
+    cells = {name: json.dumps(turns) for name, turns in lists.items()}
+    assert conversation(cells) == conversation(lists)
+    theirs = {name: cell.replace("role", "speaker") for name, cell in cells.items()}
+    assert conversation(theirs, {"role": "speaker"}) == conversation(lists)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion"),
+    [
+        (json.dumps([USER]), "a"),
+        ("write a chat as JSON", json.dumps([USER, ANSWER])),
+        ("[1, 2]", "[3]"),
+        (json.dumps([USER]), "[]"),
+        (json.dumps([USER]), json.dumps([ANSWER])[:-1]),
+        (json.dumps([{"text": "q"}]), json.dumps([{"text": "a"}])),
+    ],
+)
+def test_other_json_text_is_text(prompt: str, completion: str) -> None:
+    row = parse_row("f:1", {"prompt": prompt, "completion": completion}, "prompt_completion")
+    assert row == PromptCompletionRow("f:1", prompt, completion)
 
 
 def test_conversational_prompt_completion_trains_the_completion_alone() -> None:

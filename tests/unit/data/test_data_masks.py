@@ -17,6 +17,8 @@ from qlora_train.data.table import TokenRow, TokenTable
 from qlora_train.data.template import Rendered, Renderer
 from qlora_train.errors import ModelError
 
+pytestmark = pytest.mark.usefixtures("shared_workers")
+
 Build = Callable[..., PreTrainedTokenizerFast]
 S, E = "<|im_start|>", "<|im_end|>"
 

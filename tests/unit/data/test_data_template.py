@@ -13,6 +13,8 @@ from qlora_train.data.rows import MessagesRow, PromptCompletionRow, Row, TextRow
 from qlora_train.data.template import Rendered, Renderer, last_question
 from qlora_train.errors import ModelError
 
+pytestmark = pytest.mark.usefixtures("shared_workers")
+
 Build = Callable[..., PreTrainedTokenizerFast]
 S, E = "<|im_start|>", "<|im_end|>"
 

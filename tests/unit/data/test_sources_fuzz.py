@@ -20,6 +20,7 @@ from qlora_train.data.sources import json_list
 from qlora_train.data.sources.open import open_source
 
 QUICK = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+OF_MANY_ROWS = settings(QUICK, max_examples=50)  # each example holds several
 NAMES = [
     "text",
     "prompt",
@@ -125,14 +126,14 @@ def rows_of(path: Path) -> list[dict[str, object]]:
     return [row.columns for row in rows]
 
 
-@QUICK
+@OF_MANY_ROWS
 @given(rows=PLAIN_ROWS, newline=st.sampled_from(["\n", "\r\n", "\n\n"]))
 def test_json_lines_are_read_as_written(tmp_path: Path, rows: list[dict[str, Any]], newline: str) -> None:
     (tmp_path / "a.jsonl").write_bytes(newline.join(map(json.dumps, rows)).encode())
     assert rows_of(tmp_path / "a.jsonl") == rows
 
 
-@QUICK
+@OF_MANY_ROWS
 @given(rows=PLAIN_ROWS, indent=st.sampled_from([None, 0, 2]), chunk_bytes=st.integers(1, 64), ascii_only=st.booleans())
 def test_json_lists_are_read_as_written(
     tmp_path: Path, rows: list[dict[str, Any]], indent: int | None, chunk_bytes: int, ascii_only: bool
@@ -157,8 +158,11 @@ def test_csv_is_read_as_written(tmp_path: Path, rows: list[tuple[str, str]], quo
     assert rows_of(tmp_path / "a.csv") == [{"a": a or None, "b": b or None} for a, b in rows]
 
 
-@QUICK
-@given(texts=st.lists(UNICODE | st.none(), min_size=1, max_size=30), lists=st.lists(st.lists(UNICODE), min_size=1))
+@OF_MANY_ROWS
+@given(
+    texts=st.lists(UNICODE | st.none(), min_size=1, max_size=30),
+    lists=st.lists(st.lists(UNICODE, max_size=5), min_size=1, max_size=5),
+)
 def test_tables_are_read_as_written(tmp_path: Path, texts: list[str | None], lists: list[list[str]]) -> None:
     rows = [{"text": text, "words": lists[index % len(lists)]} for index, text in enumerate(texts)]
     schema = pa.schema([("text", pa.string()), ("words", pa.list_(pa.string()))])

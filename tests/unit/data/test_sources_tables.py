@@ -216,6 +216,8 @@ def test_folder_of_save_to_disk(tmp_path: Path) -> None:
     saved.save_to_disk(str(tmp_path / "one"), num_shards=3)
     write_stream(tmp_path / "one" / "cache-123.arrow", pa.table({"x": [1]}))  # what .map() leaves behind
     assert read(tmp_path / "one") == ROWS
+    fault = refusal(tmp_path / "one", "test")
+    assert fault.what == "holds one unnamed split, so none is called 'test'" and fault.fix == "remove `split`"
     splits = datasets.DatasetDict({"train": saved.select(range(20)), "test": saved.select(range(20, 25))})
     splits.save_to_disk(str(tmp_path / "both"))
     assert read(tmp_path / "both") == ROWS[:20]

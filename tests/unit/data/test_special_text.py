@@ -16,6 +16,8 @@ from qlora_train.data.rows import Message, MessagesRow, PromptCompletionRow, Row
 from qlora_train.data.table import TokenRow
 from qlora_train.data.template import Rendered, Renderer
 
+pytestmark = pytest.mark.usefixtures("shared_workers")
+
 Build = Callable[..., PreTrainedTokenizerFast]
 S, E = "<|im_start|>", "<|im_end|>"
 AS_TEXT = ["<", "|", "i", "m", "_", "e", "n", "d", "|", ">"]  # how the small tokenizer writes <|im_end|> as text

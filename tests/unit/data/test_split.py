@@ -14,10 +14,17 @@ from transformers import PreTrainedTokenizerFast
 
 from qlora_train.data import build as build_module
 from qlora_train.data import cache as cache_module
+from qlora_train.data import split as split_module
+from qlora_train.data.account import account_for, build_loader
+from qlora_train.data.duplicates import find_exact
+from qlora_train.data.fates import CODE
+from qlora_train.data.loader import Loader
 from qlora_train.data.rows import MessagesRow, TextRow
-from qlora_train.data.split import Split, load_split
+from qlora_train.data.split import Split, load_split, load_splits
 from qlora_train.errors import DataError, MachineError
-from qlora_train.recipe.schema import DataSection, SourceSection
+from qlora_train.recipe.schema import DataSection, Recipe, SourceSection
+
+pytestmark = pytest.mark.usefixtures("shared_workers")
 
 Tokenizer = PreTrainedTokenizerFast
 
@@ -65,6 +72,25 @@ def test_a_second_look_finds_the_tokens_in_the_cache(tokenizer: Tokenizer, tmp_p
     moved = path.rename(tmp_path / "b.jsonl")
     found = load(tokenizer, moved)
     assert builds == ["a.jsonl"] and found.table.where(1) == f"{moved}:2", "the content counts, not its place"
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_what_both_sides_share_is_read_once(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streaming: bool
+) -> None:
+    called: list[str] = []
+    for module, name in ((split_module, "open_source"), (split_module, "Encoder"), (split_module, "Reencoder")):
+        original = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, _f=original, _n=name, **k: (called.append(_n), _f(*a, **k))[1])
+    paths = [texts(tmp_path / f"{name}.jsonl", *(f"list {name} {i}" for i in range(9))) for name in "ab"]
+    settings: Any = {"data": section(*paths, split=0.2, streaming=streaming), "run": {"dir": tmp_path / "run"}}
+    recipe = Recipe(model={"path": "tiny"}, **settings)  # type: ignore[arg-type]
+    train, held_out = load_splits(recipe, tokenizer)
+    assert held_out is not None and held_out.sources is train.sources
+    assert called == ["Encoder", "open_source", "open_source"] + ["Reencoder"] * streaming
+    apart = load_split(recipe.data, "eval", tokenizer, 0)
+    assert held_out.table.fingerprint() == apart.table.fingerprint() and held_out.audit == apart.audit
+    assert train.table.num_rows + held_out.table.num_rows == 18
 
 
 def test_what_decides_the_tokens_decides_the_key(
@@ -272,3 +298,51 @@ def test_any_source_of_conversations_makes_a_chat_model(tokenizer: Tokenizer, tm
         True,
         True,
     ]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_long_text_is_split_and_nothing_of_it_lost(tokenizer: Tokenizer, tmp_path: Path, streaming: bool) -> None:
+    long = " ".join(f"list {index} files" for index in range(12))
+    talk = {"messages": [{"role": "user", "content": "list " * 40}, {"role": "assistant", "content": "ls"}]}
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text(json.dumps(talk) + "\n")
+    paths = texts(tmp_path / "a.jsonl", "ls", long, long, "the files"), chats
+    settings: dict[str, Any] = {"seq_len": 16, "streaming": streaming, "duplicates": "drop", "max_lost_frac": 1}
+    split = load(tokenizer, *paths, overlong="split", **settings)
+    whole = load(tokenizer, paths[0], overlong="drop", **settings | {"seq_len": 64})
+    audit, table = split.audit, split.table
+    assert [split.fates.tolist().count(CODE[fate]) for fate in ("kept", "dropped", "duplicate")] == [3, 1, 1]
+    assert audit.num_trained == 3 and audit.num_pieces == table.num_rows > 4
+    assert f"in {table.num_rows} pieces" in audit.summary() and audit.sources[0].num_trained == 3
+    assert audit.num_supervised_tokens == whole.audit.num_supervised_tokens
+    assert audit.num_tokens == whole.audit.num_tokens + audit.num_pieces - 3, "a piece repeats one token for context"
+    (dropped,) = [reason for reason in audit.reasons if reason.fate == "dropped"]
+    assert dropped.reason == "longer than 16 tokens: only plain text is split"
+    pieces = [index for index in range(table.num_rows) if table.where(index) == f"{paths[0]}:2"]
+    rows = table.rows(pieces)
+    ids = np.concatenate([rows[0].ids, *(row.ids[1:] for row in rows[1:])])
+    assert tokenizer.decode(ids) == long + "<|im_end|>" and max(table.lengths) == 16
+    loader = Loader(table, "packed", 2, 1, 0, 0, seq_len=16)
+    batches = [batch for step in range(loader.num_steps(1)) for batch in loader.step(step)]
+    assert sorted(row for batch in batches for row in batch.row_ids) == list(range(table.num_rows))
+    assert sum(batch.num_supervised_tokens for batch in batches) == audit.num_supervised_tokens
+
+
+def test_pieces_are_chosen_by_their_document(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = texts(tmp_path / "a.jsonl", *(" ".join([f"list {index}"] * 30) for index in range(6)))
+    chosen = load(tokenizer, path, overlong="split", seq_len=16, max_train_rows=2)
+    everything = load(tokenizer, path, overlong="split", seq_len=16)
+    assert chosen.audit.counts["kept"] == 2 and len({*chosen.table.places(range(chosen.table.num_rows))}) == 2
+    assert chosen.table.fingerprint() != everything.table.fingerprint()
+    assert find_exact(chosen.undivided.column("content_hash"), chosen.undivided.where).num_duplicates == 0
+
+
+def test_an_account_counts_documents_not_pieces(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = texts(tmp_path / "a.jsonl", *(" ".join([f"list {index}"] * 30) for index in range(6)))
+    run: Any = {"dir": tmp_path / "run"}
+    recipe = Recipe(model={"path": "tiny"}, data=section(path, overlong="split", seq_len=16, split=0.5), run=run)  # type: ignore[arg-type]
+    train, held_out = load_splits(recipe, tokenizer)
+    account = account_for(recipe, train, held_out, tokenizer, build_loader(recipe, train, 0))
+    assert [(split.duplicates.num_rows, split.duplicates.num_duplicates) for split in account.splits] == [(3, 0)] * 2
+    assert account.overlap is not None and account.overlap.num_eval_rows == 3
+    assert account.batching.num_unreached_rows == 0

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from qlora_train.data.table import TokenRow, TokenTable, joined
 
@@ -79,3 +83,38 @@ def test_tokens_that_are_not_kept_are_made_again() -> None:
     view = table.take(np.array([1, 2]), max_tokens=8)
     assert [len(entry.ids) for entry in view.rows([1, 0])] == [3, 8]
     assert asked == [Origin(0, 7, 2), Origin(0, 6, 1)]
+
+
+@given(
+    lengths=st.lists(st.integers(2, 60), min_size=1, max_size=6),
+    max_tokens=st.integers(2, 16),
+    data=st.data(),
+)
+def test_pieces_hold_every_token_and_supervise_each_once(lengths: list[int], max_tokens: int, data: Any) -> None:
+    rows = []
+    for length in lengths:
+        cuts = sorted(data.draw(st.sets(st.integers(1, length), min_size=2, max_size=4))) if length > 2 else [1, 2]
+        spans = np.array(cuts[: len(cuts) // 2 * 2], dtype=np.int32).reshape(-1, 2)
+        weights = np.arange(1, len(spans) + 1, dtype=np.float32)
+        rows.append(TokenRow(np.arange(length, dtype=np.int32), spans[:, 0], spans[:, 1], weights))
+    chosen = np.arange(len(rows))[::-1]
+    pieces = TokenTable.of_rows(rows).take_pieces(chosen, max_tokens)
+    found = pieces.rows(range(pieces.num_rows))
+    assert pieces.lengths.tolist() == [len(piece.ids) for piece in found]
+    assert max(pieces.lengths) <= max_tokens and min(pieces.lengths) >= 2
+    assert pieces.num_supervised.tolist() == [int(piece.supervised().sum()) for piece in found]
+    for index in chosen:
+        mine = [piece for i, piece in enumerate(found) if pieces.where(i) == f"rows.jsonl:{index + 1}"]
+        ids = [mine[0].ids, *(piece.ids[1:] for piece in mine[1:])]
+        assert np.concatenate(ids).tolist() == rows[index].ids.tolist()
+        assert [int(piece.ids[0]) for piece in mine[1:]] == [int(piece.ids[-1]) for piece in mine[:-1]]
+        assert not any(piece.supervised()[0] for piece in mine)
+        weight = np.concatenate([weight_of(mine[0]), *(weight_of(piece)[1:] for piece in mine[1:])])
+        assert weight.tolist() == weight_of(rows[index]).tolist()
+
+
+def weight_of(row: TokenRow) -> Any:
+    weights = np.zeros(len(row.ids))
+    for start, stop, weight in zip(row.span_starts, row.span_stops, row.span_weights, strict=True):
+        weights[start:stop] = weight
+    return weights

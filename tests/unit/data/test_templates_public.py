@@ -26,6 +26,8 @@ from qlora_train.data.table import TokenRow
 from qlora_train.data.template import Renderer
 from qlora_train.export.parity import frozen_clock
 
+pytestmark = pytest.mark.usefixtures("shared_workers")
+
 FOLDER = Path(__file__).with_name("templates")
 LOSS_ON = ("completion", "assistant", "all")
 
