@@ -122,10 +122,11 @@ class DataSection(Section):
     seq_len: Annotated[int, Field(ge=8, le=2**24)] = Field(
         1024, description="Tokens of a pack, and of the longest row. Longer rows are handled by `overlong`."
     )
-    overlong: Literal["drop", "cut", "fail"] = Field(
+    overlong: Literal["drop", "cut", "split", "fail"] = Field(
         "drop",
         description="What happens to a row longer than seq_len: left out and listed; cut to seq_len, which loses its "
-        "end, and listed (above a million characters left out); or an error.",
+        "end, and listed (above a million characters left out); split, if it is plain text, into rows of at most "
+        "seq_len, and else left out; or an error.",
     )
     max_lost_frac: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = Field(
         0.05,
@@ -175,8 +176,36 @@ class TrainSection(Section):
     max_grad_norm: Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)] = Field(
         1.0, description="Clip the gradient to this norm; 0 turns clipping off. The paper used 0.3."
     )
-    checkpointing: Literal["none", "full"] = Field(
-        "full", description="full recomputes each layer in the backward pass: a third slower, a fraction of the memory."
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = Field(
+        "adamw",
+        description="AdamW with float32 moments; with 8-bit moments, worth it from r = 64 or 70 billion parameters on; "
+        "or with moments that move to the host when the card is full (CUDA).",
+    )
+    fused: bool = Field(
+        True, description="One function for 4-bit matmul and adapter; false: the same in plain steps, to compare."
+    )
+    checkpointing: Literal["auto", "none", "selective", "full"] = Field(
+        "auto",
+        description="What is computed again in the backward pass. full: every layer but the last, a third slower, a "
+        "fraction of the memory; selective: all but attention; auto: the fastest that fits memory_limit_gib.",
+    )
+    checkpoint_every: PositiveInt = Field(
+        1, description="Recompute only every n-th layer; the others keep their activations."
+    )
+    offload_checkpoints: bool = Field(
+        False,
+        description="Keep the inputs of recomputed layers in pinned host memory (CUDA): longer rows, slower steps.",
+    )
+    resident_layers: Literal["auto"] | NonNegativeInt = Field(
+        "auto",
+        description="Layers of which a dequantised copy in compute_dtype is kept: faster, 4 times the memory of their "
+        "weights. auto: as many as memory_limit_gib leaves room for.",
+    )
+    memory_limit_gib: PositiveFloat | None = Field(
+        None, description="Memory that `auto` settings may plan with. Default: most of what is free at the start."
+    )
+    compile: Literal["auto"] | bool = Field(
+        "auto", description="torch.compile one layer for all. auto: where compiling pays back within the run."
     )
     save_every: NonNegativeInt = Field(100, description="Steps between checkpoints; 0 saves at the end only.")
     keep: PositiveInt = Field(2, description="Newest checkpoints kept; the best and the last are kept besides.")

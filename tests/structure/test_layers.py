@@ -13,7 +13,8 @@ from tests.structure.source_tree import PACKAGE, parse, python_files, relative
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "names", "seeds"}),
     frozenset({"recipe", "quant", "artifacts", "environment"}),
-    frozenset({"data", "adapters", "loss", "kernels"}),
+    frozenset({"data", "loss", "kernels"}),
+    frozenset({"adapters"}),
     frozenset({"model"}),
     frozenset({"evaluate", "memory"}),
     frozenset({"train", "export", "analysis", "report"}),
