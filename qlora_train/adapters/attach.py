@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from qlora_train.adapters.layers import lora_layers, register_layers
+from qlora_train.adapters.layers import lora_layers, register_layers, use_fused
 from qlora_train.adapters.state import load_adapter_config, restore_adapter
 from qlora_train.errors import ModelError
 from qlora_train.recipe.methods import METHODS
@@ -35,13 +35,17 @@ class AdapterFacts:
         return self.num_trainable / (self.num_trainable + self.num_frozen)
 
 
-def attach_adapter(model: nn.Module, section: AdapterSection, seed: int, *, base_name: str) -> PeftModel:
+def attach_adapter(
+    model: nn.Module, section: AdapterSection, seed: int, *, base_name: str, fused: bool = True
+) -> PeftModel:
     """A PeftModel over `model` with float32 A and B; the start is a pure function of `seed`.
+
+    `fused` chooses the adapted layers' forward: the fused function or its plain twin.
 
     Raises ModelError when PEFT builds a layer of another kind, and when `init_from` does not fit.
     """
     if section.init_from is not None:
-        peft_model = _continue_from(model, section)
+        peft_model = _continue_from(model, section, fused=fused)
     else:
         config = LoraConfig(
             r=section.r,
@@ -58,11 +62,15 @@ def attach_adapter(model: nn.Module, section: AdapterSection, seed: int, *, base
             torch.manual_seed(derive_seed(seed, "adapter"))
             peft_model = get_peft_model(model, register_layers(config))
         peft_model.peft_config[ADAPTER_NAME].base_model_name_or_path = base_name
+        if fused:
+            use_fused(peft_model)
     check_attached(peft_model)
     return peft_model
 
 
-def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False, dropout: float | None = None) -> PeftModel:
+def load_adapter(
+    model: nn.Module, folder: Path, *, trainable: bool = False, dropout: float | None = None, fused: bool = True
+) -> PeftModel:
     """A PeftModel over `model` with the adapter of a folder in PEFT's format. Strict: ModelError names what is off."""
     config = load_adapter_config(folder)
     if dropout is not None:
@@ -71,11 +79,13 @@ def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False, dro
     with torch.random.fork_rng(devices=[]):
         peft_model = get_peft_model(model, register_layers(config))
     restore_adapter(peft_model, folder)
+    if fused:
+        use_fused(peft_model)
     check_attached(peft_model)
     return peft_model
 
 
-def _continue_from(model: nn.Module, section: AdapterSection) -> PeftModel:
+def _continue_from(model: nn.Module, section: AdapterSection, *, fused: bool) -> PeftModel:
     assert section.init_from is not None
     config = load_adapter_config(section.init_from)
     asked: dict[str, object] = {"r": section.r, "alpha": section.alpha, "rslora": METHODS[section.method].use_rslora}
@@ -88,7 +98,7 @@ def _continue_from(model: nn.Module, section: AdapterSection) -> PeftModel:
         raise ModelError(
             f"adapter.init_from: {section.init_from}: {what}", fix="write the adapter's own values in the recipe"
         )
-    return load_adapter(model, section.init_from, trainable=True, dropout=section.dropout)
+    return load_adapter(model, section.init_from, trainable=True, dropout=section.dropout, fused=fused)
 
 
 def check_attached(model: PeftModel) -> None:

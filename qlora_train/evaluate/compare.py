@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from qlora_train.data.loader import MicroBatch
-from qlora_train.loss import CHUNK_TOKENS
 from qlora_train.model.causal import CausalModel, Head
 from qlora_train.names import IGNORE_INDEX
+
+CHUNK_TOKENS = 256
 
 
 @dataclass(frozen=True)

@@ -228,6 +228,12 @@ def _describe(prepared: Prepared, reporter: Reporter) -> None:
             f"base: {row.num_tensors:>4} tensors in {row.kind:<8} {row.num_params / 1e6:>10,.1f}M parameters "
             f"{row.num_bytes / 2**20:>10,.1f} MiB  {names}"
         )
+    for line in prepared.speed.summary():
+        reporter.message(line)
+    if not prepared.speed.choice.fits:
+        reporter.warning(
+            "more than is free, or than train.memory_limit_gib: lower train.micro_batch_size, data.seq_len or adapter.r"
+        )
     facts = prepared.facts
     # float32 adapter, gradient and two AdamW moments, against bf16 weights and gradients with float32 moments.
     adapter_mib, full_mib = facts.num_trainable * 16 / 2**20, (facts.num_trainable + facts.num_frozen) * 12 / 2**20

@@ -35,7 +35,8 @@ from qlora_train.model.source import Source, resolve_source
 from qlora_train.recipe.schema import Recipe
 from qlora_train.train.loop import Job
 from qlora_train.train.metrics import Reporter
-from qlora_train.train.optim import build_optimizer
+from qlora_train.train.optim import build_optimizer, check_optimizer
+from qlora_train.train.speed import Speed, settle_speed
 from qlora_train.train.state import Binding, trajectory_keys
 
 
@@ -58,6 +59,7 @@ class Prepared:
     inputs: Inputs
     base: Base
     facts: AdapterFacts
+    speed: Speed
     job: Job
 
 
@@ -69,6 +71,8 @@ def refuse_many_processes() -> None:
 
 def load_inputs(recipe: Recipe, *, weights: bool = True) -> Inputs:
     """Config, tokenizer and data, checked against each other and the recipe."""
+    device = resolve_device(recipe.model.device)
+    check_optimizer(recipe.train, device)
     source = resolve_source(recipe.model, weights=weights)
     config = load_config(source)
     check_length(config, recipe.data.seq_len)
@@ -79,7 +83,7 @@ def load_inputs(recipe: Recipe, *, weights: bool = True) -> Inputs:
     check_targets(skeleton, recipe.adapter.target_modules)
     if recipe.quant.quant_type != "none":
         check_skipped(skeleton, recipe.quant.skip_modules)
-        if resolve_device(recipe.model.device).type == "cpu":
+        if device.type == "cpu":
             check_shapes(skeleton, recipe.quant.block_size)
     if recipe.adapter.init_from is not None:
         load_adapter_config(recipe.adapter.init_from)
@@ -100,29 +104,33 @@ def prepare(recipe: Recipe, run_dir: RunDir, reporter: Reporter) -> Prepared:
     base = load_recipe_base(inputs.source, recipe)
     CausalModel(base.model).check_head()
     add_end_tokens(base.model, inputs.train.end_token_ids)
-    model = attach_adapter(base.model, recipe.adapter, recipe.run.seed, base_name=inputs.source.name)
-    if recipe.train.checkpointing == "full":
-        base.model.activation_checkpointing_enable({"use_reentrant": False})
+    model = attach_adapter(
+        base.model, recipe.adapter, recipe.run.seed, base_name=inputs.source.name, fused=recipe.train.fused
+    )
+    causal = CausalModel(model)
+    facts = adapter_facts(model)
+    loader = build_loader(recipe, inputs.train, inputs.tokenizer.pad_token_id)
+    speed = settle_speed(recipe, causal, inputs.train.table, loader, facts.num_frozen, base.compute_dtype)
     # accelerate keeps the first device of a process for ever; a second run of a notebook may want another.
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=base.device.type == "cpu", mixed_precision="no")
     job = Job(
         recipe=recipe,
         run_dir=run_dir,
-        causal=CausalModel(model),
+        causal=causal,
         model=model,
         optimizer=build_optimizer(model, recipe.train),
         accelerator=accelerator,
-        loader=build_loader(recipe, inputs.train, inputs.tokenizer.pad_token_id),
+        loader=loader,
         eval_table=inputs.eval.table if inputs.eval else None,
         pad_token_id=inputs.tokenizer.pad_token_id,
-        binding=_binding(recipe, inputs, base),
+        binding=_binding(recipe, inputs, base, compiled=speed.compiled),
         reporter=reporter,
     )
-    return Prepared(inputs, base, adapter_facts(model), job)
+    return Prepared(inputs, base, facts, speed, job)
 
 
-def _binding(recipe: Recipe, inputs: Inputs, base: Base) -> Binding:
+def _binding(recipe: Recipe, inputs: Inputs, base: Base, *, compiled: bool) -> Binding:
     """What a checkpoint of this run belongs to. The token table holds all that the files, the template and the
     tokenizer did to the rows; the template's own hash is for the message."""
     template = json.dumps([inputs.tokenizer.chat_template, len(inputs.tokenizer), inputs.tokenizer.eos_token_id])
@@ -130,5 +138,5 @@ def _binding(recipe: Recipe, inputs: Inputs, base: Base) -> Binding:
         base=base.print.digest,
         data=inputs.train.table.fingerprint(),
         template=hashlib.sha256(template.encode()).hexdigest(),
-        recipe=trajectory_keys(recipe),
+        recipe={**trajectory_keys(recipe), "layers compiled": compiled},
     )

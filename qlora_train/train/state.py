@@ -19,6 +19,13 @@ NEUTRAL_KEYS = frozenset(
         "data.max_eval_rows",
         "train.save_every",
         "train.keep",
+        # The same bits, however memory is spent: tests/numerics/test_checkpointing.py and test_fused_linear.py.
+        "train.checkpointing",
+        "train.checkpoint_every",
+        "train.offload_checkpoints",
+        "train.resident_layers",
+        "train.memory_limit_gib",
+        "train.compile",  # bound by what it came to
         "export.export_dtype",
         "export.shard_gib",
         "export.verify_rows",

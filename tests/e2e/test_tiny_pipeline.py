@@ -166,7 +166,8 @@ def test_export_dtype_changes_the_files_and_the_distance(trained: tuple[Path, Ou
         assert outcome.code == 0, outcome.err
         kl[dtype] = json.loads(outcome.out)["verdict"]["merged"]["mean_kl"]
         assert {t.dtype for t in load_file(tmp_path / dtype / "model.safetensors").values()} == {getattr(torch, dtype)}
-    assert kl["float32"] < kl["float16"] < kl["bfloat16"]
+    # float16 rounds 8 times finer, which is a 64th in KL; what is below 1e-7 is the rounding of the comparison itself.
+    assert abs(kl["float32"]) < 1e-7 and abs(kl["float16"]) < max(1e-7, kl["bfloat16"] / 16) and kl["bfloat16"] > 0
 
 
 def test_a_wrong_merge_is_refused_and_nothing_published(

@@ -241,7 +241,7 @@ def test_a_step_that_is_not_finite_stops_before_the_update(
     def poisoned(self: CausalModel, batch: object) -> torch.Tensor:
         loss = original(self, batch)  # type: ignore[arg-type]
         calls.append(self.model.training)
-        return loss * float("nan") if sum(calls) == 8 else loss  # rehearsal, then the second micro-batch of step 4
+        return loss * float("nan") if sum(calls) == 9 else loss  # measuring, rehearsal, then step 4's second
 
     monkeypatch.setattr(CausalModel, "loss_sum", poisoned)
     recipe = write_recipe(tmp_path, tiny_llama_dir, eval__generate_rows=0)

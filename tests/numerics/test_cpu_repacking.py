@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from qlora_train.adapters.layers import lora_layers
 from qlora_train.data.loader import MicroBatch
 from qlora_train.model.causal import CausalModel
 from qlora_train.quant.bnb import dequantize, linear4bit_modules
@@ -57,8 +58,13 @@ def test_without_the_cure_training_breaks(tiny_llama_dir: Path) -> None:
 
     model.train()
     healthy = gradient()
-    _evaluate(model)
-    broken = gradient()
+    with model.disable_adapter():  # the base alone goes through bitsandbytes' own forward
+        _evaluate(model)
+    with pytest.raises(RuntimeError, match="repacked"):
+        gradient()  # the fused function sees it
+    for layer in lora_layers(model).values():
+        layer.frozen = None
+    broken = gradient()  # its plain twin, like PEFT's own layers, does not
     assert (broken - healthy).norm() > 0.1 * healthy.norm()
     _, module = next(linear4bit_modules(base.model))
     with pytest.raises(RuntimeError, match="repacked"):

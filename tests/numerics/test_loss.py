@@ -33,7 +33,9 @@ def test_equals_cross_entropy_for_any_chunk_size(chunk: int, softcap: float, wit
     bias = torch.randn(V) if with_bias else None
     expected = _reference(hidden, weight, labels, bias, softcap)
     (expected_grad,) = torch.autograd.grad(expected, hidden)
-    loss = linear_cross_entropy_sum(hidden, weight, labels, bias_V=bias, softcap=softcap, chunk_tokens=chunk)
+    loss = linear_cross_entropy_sum(
+        hidden, weight, labels, bias_V=bias, softcap=softcap, sizes=(chunk, (chunk + 1) // 2)
+    )
     (grad,) = torch.autograd.grad(loss, hidden)
     # float32 sums of 37 terms near 5 and of 200-term products: 1e-6 relative is a few ulp.
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
@@ -43,7 +45,7 @@ def test_equals_cross_entropy_for_any_chunk_size(chunk: int, softcap: float, wit
 def test_bfloat16_keeps_the_softmax_in_float32() -> None:
     hidden, weight, labels = _inputs(torch.bfloat16)
     expected = _reference(hidden, weight, labels, None, 0.0)
-    loss = linear_cross_entropy_sum(hidden, weight, labels, chunk_tokens=8)
+    loss = linear_cross_entropy_sum(hidden, weight, labels, sizes=(8, 3))
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
     (grad,) = torch.autograd.grad(loss, hidden)
@@ -63,7 +65,9 @@ def test_weights_multiply_each_token_s_loss_and_gradient(chunk: int, softcap: fl
     logits = softcap * torch.tanh(logits / softcap) if softcap else logits
     expected = (weights * F.cross_entropy(logits, labels, reduction="none")).sum()
     (expected_grad,) = torch.autograd.grad(expected, hidden)
-    loss = linear_cross_entropy_sum(hidden, weight, labels, weights_N=weights, softcap=softcap, chunk_tokens=chunk)
+    loss = linear_cross_entropy_sum(
+        hidden, weight, labels, weights_N=weights, softcap=softcap, sizes=(chunk, (chunk + 1) // 2)
+    )
     (grad,) = torch.autograd.grad(loss, hidden)
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
     torch.testing.assert_close(grad, expected_grad, rtol=1e-5, atol=1e-6)
@@ -112,7 +116,7 @@ def test_never_holds_all_logits() -> None:
         torch.zeros(64, dtype=torch.int64),
     )
     with Largest() as seen:
-        linear_cross_entropy_sum(hidden, weight, labels, chunk_tokens=4).backward()
+        linear_cross_entropy_sum(hidden, weight, labels, sizes=(4, 4)).backward()
     assert 0 < seen.numel <= 4096 * 8  # the weight itself; all logits would be 64 * 4096
 
 

@@ -1,0 +1,77 @@
+"""Frozen weights in the compute dtype: dequantised into buffers that all layers share, or kept for good."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from qlora_train.quant.bnb import Params4bit, dequantize_into
+
+
+class Workspace:
+    """One buffer for each place in a decoder layer ("mlp.down_proj"), which holds what was last asked for there.
+
+    A layer's backward pass follows its recomputation, so it finds its weights where that left them: under full
+    checkpointing a step costs two dequantisations per weight instead of three (tests/numerics/test_fused_linear.py
+    counts them). Costs the dense weights of one layer: 2 bytes per weight in bfloat16, 436 MB for an 8B model.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[object, ...], Tensor] = {}
+        self._owners: dict[tuple[object, ...], tuple[Params4bit, int, int]] = {}
+
+    def dense(self, place: str, weight: Params4bit, dtype: torch.dtype) -> Tensor:
+        """The weight (O, I) in `dtype`, valid until another weight of the same place is asked for."""
+        shape = weight.quant_state.shape
+        key = (place, shape, dtype, weight.device)
+        data_ptr, version = weight.data_ptr(), weight._version
+        owner = self._owners.get(key)
+        if owner is None or owner[0] is not weight or owner[1:] != (data_ptr, version):
+            if key not in self._buffers:
+                self._buffers[key] = torch.empty(shape, dtype=dtype, device=weight.device)
+            self._owners.pop(key, None)
+            dequantize_into(weight, self._buffers[key])
+            self._owners[key] = (weight, data_ptr, version)
+        return self._buffers[key]
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the buffers so far."""
+        return sum(buffer.nbytes for buffer in self._buffers.values())
+
+
+class FrozenLinear:
+    """A frozen linear layer as the fused function wants it: its dense weight and its bias, whatever holds them."""
+
+    def __init__(self, layer: nn.Module, place: str, workspace: Workspace) -> None:
+        self._layer = layer
+        self._place = place
+        self._workspace = workspace
+        self._resident: Tensor | None = None
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The layer's own bias."""
+        bias: Tensor | None = getattr(self._layer, "bias", None)
+        return bias
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The weight (O, I) that the layer computes with, in `dtype`; valid until the next weight of its place."""
+        if self._resident is not None and self._resident.dtype == dtype:
+            return self._resident
+        weight = self._layer.weight
+        if isinstance(weight, Params4bit):
+            return self._workspace.dense(self._place, weight, dtype)
+        assert isinstance(weight, Tensor)
+        return weight.to(dtype)
+
+    def make_resident(self, dtype: torch.dtype) -> int:
+        """Keep a dense copy from now on: nothing is dequantised for this layer again. Returns its bytes.
+
+        The base is frozen: a copy of a weight that changes afterwards would be stale.
+        """
+        weight = self._layer.weight
+        if self._resident is None and isinstance(weight, Params4bit):
+            self._resident = torch.empty(weight.quant_state.shape, dtype=dtype, device=weight.device)
+            dequantize_into(weight, self._resident)
+        return 0 if self._resident is None else self._resident.nbytes

@@ -1,0 +1,1 @@
+"""What a run needs of memory, measured on one layer, and the fastest settings that fit."""

@@ -1,0 +1,169 @@
+"""What a model costs in memory, measured on its first layer and its loss head alone: cheap at any depth."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from qlora_train.data.loader import MicroBatch
+from qlora_train.memory.budget import Costs
+from qlora_train.memory.live import LiveBytes
+from qlora_train.model.causal import CausalModel
+from qlora_train.model.checkpointing import Kind, decoder_layers, set_layer
+from qlora_train.names import IGNORE_INDEX
+from qlora_train.quant.bnb import linear4bit_modules, packed_parts
+from qlora_train.quant.moments import optimizer_state_bytes
+
+KINDS: tuple[Kind, ...] = ("none", "selective", "full")
+
+
+def trial_batch(num_lines: int, num_tokens: int, row_tokens: int, *, packed: bool) -> MicroBatch:
+    """A micro-batch as heavy as one can be: every token but the first of each row supervised.
+
+    Packs are full of rows of `row_tokens`, the last of a pack maybe shorter; else each line is one row.
+    """
+    step = row_tokens if packed else num_tokens
+    starts = [line * num_tokens + first for line in range(num_lines) for first in range(0, num_tokens, step)]
+    lengths = [min(step, num_tokens - start % num_tokens) for start in starts]
+    labels = torch.zeros(num_lines, num_tokens, dtype=torch.int64)
+    labels.view(-1)[starts] = IGNORE_INDEX
+    return MicroBatch(
+        input_ids=torch.zeros_like(labels),
+        labels=labels,
+        num_supervised_tokens=labels.numel() - len(starts),
+        row_ids=tuple(range(len(starts))),
+        row_lengths=tuple(lengths),
+        row_starts=tuple(starts) if packed else None,
+        position_ids=(torch.arange(num_tokens) % step).expand(num_lines, -1).contiguous() if packed else None,
+    )
+
+
+def measure_costs(causal: CausalModel, batch: MicroBatch, optimizer: str) -> Costs:
+    """Costs of training on micro-batches like this one, which lies on the model's device; all layers as the first.
+
+    Runs the first layer four times, its backward pass twice, and the loss head once. Leaves gradients, generators and
+    settings as they were. What a kernel allocates inside itself is not seen: leave room for it.
+    """
+    layers = decoder_layers(causal.model)
+    trainable = [p for p in causal.model.parameters() if p.requires_grad]
+    device = batch.input_ids.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        call = _first_call(causal, layers[0], batch)
+        with LiveBytes() as shared, _run_as(layers[0], "none"):
+            call.run()
+            gc.collect()
+            shared_bytes = shared.current
+        runs = {}
+        for kind in KINDS:
+            with _run_as(layers[0], kind):
+                runs[kind] = call.run(backward=kind == "none")
+        head_bytes = _head_bytes(causal, batch)
+    saved, peak = runs["none"]
+    return Costs(
+        model_bytes=model_bytes(causal.model) + shared_bytes,
+        optimizer_bytes=sum(p.nbytes for p in trainable)
+        + optimizer_state_bytes(optimizer, [p.shape for p in trainable]),
+        head_bytes=head_bytes,
+        num_layers=len(layers),
+        saved_bytes={kind: run[0] for kind, run in runs.items()},
+        transient_bytes=peak - saved,
+        dense_layer_bytes=_dense_bytes(layers[0], call.hidden.dtype),
+    )
+
+
+def model_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters, buffers and quantisation statistics, each storage once."""
+    tensors = [*model.parameters(), *model.buffers()]
+    for _, layer in linear4bit_modules(model):
+        tensors += packed_parts(layer.weight).values()
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of a decoder layer, with what the decoder passes it."""
+
+    layer: GradientCheckpointingLayer
+    hidden: Tensor  # (B, T, H)
+    rest: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def run(self, *, backward: bool = True) -> tuple[int, int]:
+        """Bytes held after the forward pass, and the most held through both; the gradient that comes in counts there.
+
+        The input does not count, the output does: it is the next layer's input.
+        """
+        hidden = self.hidden.detach().clone().requires_grad_()
+        inputs = [hidden, *(p for p in self.layer.parameters() if p.requires_grad)]
+        with LiveBytes() as live:
+            grad = torch.ones_like(hidden)
+            out = self.layer(hidden, *self.rest, **self.kwargs)
+            out = out[0] if isinstance(out, tuple) else out
+            saved_bytes = live.current - grad.nbytes
+            if backward:
+                torch.autograd.grad(out, inputs, grad, allow_unused=True)
+        return saved_bytes, live.peak
+
+
+class _Reached(Exception):
+    """The decoder has come to its first layer."""
+
+
+def _first_call(causal: CausalModel, layer: GradientCheckpointingLayer, batch: MicroBatch) -> _Call:
+    """What the decoder calls its first layer with; the forward pass ends there."""
+    calls: list[_Call] = []
+
+    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs.pop("hidden_states")
+        calls.append(_Call(layer, hidden, args[1:], kwargs))
+        raise _Reached
+
+    handle = layer.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        with torch.no_grad():
+            causal.hidden(batch)
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+    return calls[0]
+
+
+@contextmanager
+def _run_as(layer: GradientCheckpointingLayer, kind: Kind) -> Iterator[None]:
+    """The layer in training mode under a policy, and as it was afterwards."""
+    training, enabled = layer.training, layer.gradient_checkpointing
+    function = getattr(layer, "_gradient_checkpointing_func", None)
+    layer.train()
+    set_layer(layer, kind)
+    try:
+        yield
+    finally:
+        layer.train(training)
+        layer.gradient_checkpointing, layer._gradient_checkpointing_func = enabled, function
+
+
+class _HeadOnly(CausalModel):
+    """The loss on zeros in place of what the decoder gives."""
+
+    def hidden(self, batch: MicroBatch) -> Tensor:
+        weight = self.head.weight_VH
+        shape = (*batch.input_ids.shape, weight.shape[1])
+        return torch.zeros(shape, dtype=weight.dtype, device=weight.device, requires_grad=True)
+
+
+def _head_bytes(causal: CausalModel, batch: MicroBatch) -> int:
+    with LiveBytes() as live:
+        _HeadOnly(causal.model).loss_sum(batch).backward()
+    return live.peak
+
+
+def _dense_bytes(layer: nn.Module, dtype: torch.dtype) -> int:
+    return sum(module.weight.quant_state.shape.numel() * dtype.itemsize for _, module in linear4bit_modules(layer))

@@ -1,0 +1,48 @@
+"""torch.compile of one decoder layer, used for all of them: what lies between the matmuls becomes a few fused loops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+
+from qlora_train.adapters.layers import lora_layers
+from qlora_train.model.attention import ATTENTION_NAME, row_attention
+from qlora_train.model.checkpointing import decoder_layers
+
+Forward = Callable[..., Any]
+
+
+def compile_layers(model: nn.Module) -> None:
+    """Decoder layers run compiled in training mode once `apply_checkpointing` is called after this.
+
+    Compiled is what stands between the adapted linear layers and attention (norms, rotary embedding, activation,
+    residuals), which run as they are: so a recomputation still stops before its last matmul, and dequantised weights
+    are found where they were left. All layers of a kind share the code; it is compiled at the first step. Values are
+    rounded less often than without, so losses differ by rounding: tests/numerics/test_compiling.py. Not for selective
+    checkpointing, which watches single operators.
+    """
+    for layer in lora_layers(model).values():
+        layer.forward = torch.compiler.disable(layer.forward)  # type: ignore[method-assign]
+    AttentionInterface.register(ATTENTION_NAME, torch.compiler.disable(row_attention))
+    for layer in decoder_layers(model):
+        # transformers wraps the forward of each layer class in its checkpointing; compiled is what is inside.
+        layer.compiled_forward = _compiled(type(layer).forward.__wrapped__)
+
+
+@cache
+def _compiled(forward: Forward) -> Forward:
+    return torch.compile(forward)
+
+
+def compiler_fault(device: torch.device) -> str | None:
+    """Why torch.compile does not work on this machine, or None. Compiles a line: some seconds."""
+    try:
+        torch.compile(lambda x: torch.sin(x) * 2 + 1)(torch.ones(64, device=device))
+    except Exception as error:  # whatever the compiler and its tools may raise
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    return None

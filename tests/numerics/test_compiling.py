@@ -1,0 +1,65 @@
+"""Compiled decoder layers: the same numbers up to rounding, in training only, and still fast where fused."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+
+from qlora_train.adapters.layers import lora_layers
+from qlora_train.model.causal import CausalModel
+from qlora_train.model.checkpointing import Checkpointing, apply_checkpointing, decoder_layers
+from qlora_train.model.compiling import compile_layers, compiler_fault
+from tests.loading import gradients, tiny_base, with_adapter
+from tests.numerics.test_fused_linear import batch, step
+
+FAULT = compiler_fault(torch.device("cpu"))
+pytestmark = pytest.mark.skipif(FAULT is not None, reason=f"no compiler: {FAULT}")
+
+
+def operators(model: PeftModel) -> Counter[str]:
+    """Calls by operator of one step. (Under a dispatch mode nothing would run compiled.)"""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        CausalModel(model).loss_sum(batch()).backward()
+    gradients(model)
+    return Counter({event.key: event.count for event in profile.key_averages()})
+
+
+def test_compiled_layers_train_alike_and_keep_the_early_stop(tiny_llama_dir: Path) -> None:
+    """One test, as compiling is what takes its time."""
+    model = with_adapter(tiny_base(tiny_llama_dir))
+    expected_loss, expected = step(model)
+    apply_checkpointing(model, Checkpointing("full"))
+    step(model)
+    eager = operators(model)
+    compile_layers(model)
+    for policy in (Checkpointing(), Checkpointing("full")):
+        apply_checkpointing(model, policy)
+        assert all(layer.gradient_checkpointing for layer in decoder_layers(model))
+        loss, found = step(model)
+        torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=0)
+        for name in expected:
+            assert float((found[name] - expected[name]).norm() / expected[name].norm()) < 1e-4, name
+    counts = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert counts > 0, "nothing was compiled"
+    compiled = operators(model)
+    for name in ("aten::mm", "aten::addmm_", "qlora_train::dequantize_into"):
+        assert compiled[name] == eager[name] > 0, name
+    for name in ("aten::mul", "aten::rsqrt", "aten::silu"):
+        assert compiled[name] < eager[name], f"{name} is fused"
+    assert not any(layer.num_fallbacks for layer in lora_layers(model).values())
+    model.eval()
+    with torch.no_grad():
+        CausalModel(model).loss_sum(batch(rows=3, length=9))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == counts, "evaluation is not compiled"
+
+
+def test_a_machine_without_a_compiler_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: object) -> object:
+        raise FileNotFoundError("g++ not found\nmore")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    assert compiler_fault(torch.device("cpu")) == "FileNotFoundError: g++ not found"
