@@ -38,8 +38,8 @@ test-all: $(SYNCED)  ## Static checks, then every test
 check: $(SYNCED)  ## The quick gate, under two minutes: ruff, mypy, unit and structure tests
 	$(PYTHON) tools/check.py
 
-bench: $(SYNCED)  ## Training speed on the quickstart's rows, packed and padded
-	$(PYTHON) tools/bench.py
+bench: $(SYNCED)  ## Speed and memory beside TRL, PEFT and the limit of the machine; ARGS="--scaling" and others: --help
+	$(PYTHON) tools/bench.py $(ARGS)
 
 prove: $(SYNCED)  ## Show a claim with figures: make prove WHAT=merge [FULL=1] [JSON=file]
 	$(PYTHON) tools/prove.py $(WHAT) $(if $(FULL),--full) $(if $(JSON),--json $(JSON))

@@ -1,0 +1,75 @@
+"""This project's own training step, with full checkpointing or none, on a 4-bit or a bf16 base."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from contenders.job import Options, Rows, recipe_of, start_adapter
+from contenders.worker import Loaded, Turns
+
+_ALWAYS = {
+    "train.checkpointing": "full",
+    "train.fused": "true",
+    "train.compile": "false",
+    "train.resident_layers": "0",
+}
+_VARIANTS: dict[str, dict[str, str]] = {
+    "full": {},
+    "none": {"train.checkpointing": "none"},
+    "bf16": {"quant.quant_type": "none"},
+    "compiled": {"train.compile": "true"},
+}
+
+
+def load(options: Options, variant: str) -> Loaded:
+    """Through the same preparation as `qlora-train train`."""
+    from qlora_train.artifacts import RunDir
+    from qlora_train.data.loader import collate
+    from qlora_train.train.metrics import Silent
+    from qlora_train.train.setup import prepare
+    from qlora_train.train.step import train_step
+
+    said = _ALWAYS | _VARIANTS[variant]
+    recipe = recipe_of("shell", options, *(f"{key}={value}" for key, value in said.items()))
+    job = prepare(recipe, RunDir(Path("unused")), Silent()).job
+    if options.vocabulary is not None:
+        job.causal.head = _random_head(job.causal.head, options.vocabulary)
+
+    def train(rows: Rows, turns: Turns) -> None:
+        start_adapter(job.model)
+        job.optimizer.state.clear()
+        job.model.train()
+        for number, step in enumerate(rows.steps):
+            turns.begin()
+            result = train_step(
+                job.causal,
+                [collate(rows.table, [step], rows.pad_token_id, packed=True)],
+                job.optimizer,
+                job.accelerator,
+                seed=0,
+                step=number,
+                learning_rate=options.learning_rate,
+                max_grad_norm=recipe.train.max_grad_norm,
+            )
+            turns.end(result.loss)
+
+    quantised = recipe.quant.quant_type != "none"
+    settings = {
+        "base": f"{recipe.quant.quant_type}, double quantisation" if quantised else "bf16",
+        "adapter": "float32",
+        "attention": "per row",
+        "checkpointing": recipe.train.checkpointing,
+        "micro-batch": f"1 pack of {options.seq_len} tokens",
+    }
+    return Loaded(job.model, job.causal.decoder, settings, train, lambda rows: 1)
+
+
+def _random_head(head: Any, vocabulary: int) -> Any:
+    """A head of another vocabulary, as spread as the model's own."""
+    import torch
+
+    weight = head.weight_VH
+    rows = torch.randn(vocabulary, weight.shape[1], dtype=weight.dtype) * weight.float().std().to(weight.dtype)
+    return replace(head, weight_VH=rows)
