@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 # Logits of a chunk, in the compute dtype: large enough that reading W for each chunk costs little next to the matmul.
-CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
+CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}
 # Of those, the part that is softmaxed at once, in float32: on a CPU it stays in the cache through all passes over it.
 BLOCK_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
 
@@ -19,7 +19,7 @@ def chunk_tokens(vocab_size: int, dtype: torch.dtype, device: torch.device) -> t
     run's sums are the same on every machine of that kind.
 
     >>> chunk_tokens(49_152, torch.bfloat16, torch.device("cpu"))
-    (682, 21)
+    (341, 21)
     """
     kind = "cpu" if device.type == "cpu" else "cuda"
     chunk = max(16, CHUNK_BYTES[kind] // (dtype.itemsize * vocab_size))

@@ -36,7 +36,7 @@ def compile_layers(model: nn.Module) -> None:
 
 @cache
 def _compiled(forward: Forward) -> Forward:
-    return torch.compile(forward)
+    return torch.compile(forward, dynamic=True)
 
 
 def compiler_fault(device: torch.device) -> str | None:

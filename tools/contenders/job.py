@@ -37,7 +37,7 @@ class Rows:
     """The rows of a set, as every contender gets them, and which of them each step trains: one pack a step."""
 
     table: Any  # qlora_train.data.table.TokenTable
-    steps: tuple[tuple[int, ...], ...]  # row numbers, the longest first
+    steps: tuple[tuple[int, ...], ...]  # row numbers, in no order of length
     pad_token_id: int
 
 
@@ -56,7 +56,7 @@ def choose_steps(lengths: NDArray[np.integer], options: Options, num_steps: int)
     for _ in range(_TRIES if len(pool) >= count else 0):
         rows = rng.choice(pool, count, replace=False)
         if LEAST_FILL * seq_len <= lengths[rows].sum() <= seq_len:
-            steps.append(tuple(rows[np.argsort(-lengths[rows], kind="stable")].tolist()))
+            steps.append(tuple(rows.tolist()))
             if len(steps) == num_steps:
                 return tuple(steps)
     raise ValueError(f"no {count} rows fill a pack of {seq_len} tokens: choose other --rows or --seq-len")

@@ -40,9 +40,9 @@ CONTENDERS = {
     "peft_loop": Contender("peft_loop", "PEFT, plain loop"),
     "ours_none": Contender("ours:none", "ours, no checkpointing"),
     "ceiling": Contender("ceiling", "ceiling: bare bf16 model", same_base=False),
-    "ours_compiled": Contender("ours:compiled", "ours, compiled"),
+    "ours_eager": Contender("ours:eager", "ours, not compiled"),
 }
-DEFAULT = tuple(name for name in CONTENDERS if name != "ours_compiled")
+DEFAULT = tuple(CONTENDERS)
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,8 @@ class Measured:
 
     results: list[Result]
     settings: dict[str, dict[str, str]]  # by contender
+    layer_shapes: list[tuple[int, int]]  # (out, in) of the linear layers of one decoder layer
+    num_layers: int
     machine_flops_per_s: dict[int, float]  # by threads
     steps: dict[str, dict[str, Any]]  # by set: tokens and supervised tokens of each step, rows of a step
 
@@ -113,8 +115,10 @@ def measure(
             for place, count in enumerate(threads):
                 timed = range(1 + place * repeats, 1 + (place + 1) * repeats)
                 results += [_result(name, set_name, count, timed, machine[count], heard) for name in heard]
-        settings = {name: worker.facts["settings"] for name, worker in workers.items()}
-    return Measured(results, settings, machine, steps)
+        facts = {name: worker.facts for name, worker in workers.items()}
+    settings = {name: fact["settings"] for name, fact in facts.items()}
+    first = next(iter(facts.values()))
+    return Measured(results, settings, first["layer_shapes"], first["num_layers"], machine, steps)
 
 
 @dataclass(frozen=True)

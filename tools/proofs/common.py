@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,3 +86,15 @@ def earlier(folder: Path, recipe: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, UserError):
         return None
     return result if all(same) else None
+
+
+def tests_pass(tests: Mapping[str, Sequence[str]]) -> list[Bar]:
+    """Run the tests that hold what has no figure: files by what they are tests of."""
+    bars = []
+    for what, files in tests.items():
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        found = re.search(r"(\d+) passed", done.stdout)
+        bars.append(Bar(f"tests of {what}: passed", int(found.group(1)) if found else 0, "tests", at_least=1))
+        bars.append(Bar(f"tests of {what}: exit status", done.returncode, at_most=0))
+    return bars

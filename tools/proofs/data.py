@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 import time
@@ -11,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from proofs.common import ROOT, WORK, Bar, fresh, verb
+from proofs.common import ROOT, WORK, Bar, fresh, tests_pass, verb
 
 FOLDER = WORK / "data"
 RECIPES = ROOT / "recipes"
@@ -31,7 +30,7 @@ TESTS = {
 
 def measure(full: bool) -> list[Bar]:
     """All bars of the data."""
-    return [*_accounts(), *_real_model(), *_scale(ROWS_FULL if full else ROWS_SHORT), *_tests()]
+    return [*_accounts(), *_real_model(), *_scale(ROWS_FULL if full else ROWS_SHORT), *tests_pass(TESTS)]
 
 
 def _accounts() -> list[Bar]:
@@ -150,16 +149,4 @@ def _scale(sizes: Sequence[int]) -> list[Bar]:
             Bar(f"{num_rows:,} chat rows: near-duplicates", found["near_s"], "s"),
         ]
         fresh(folder)
-    return bars
-
-
-def _tests() -> list[Bar]:
-    """The tests that hold what has no figure."""
-    bars = []
-    for what, files in TESTS.items():
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        found = re.search(r"(\d+) passed", done.stdout)
-        bars.append(Bar(f"tests of {what}: passed", int(found.group(1)) if found else 0, "tests", at_least=1))
-        bars.append(Bar(f"tests of {what}: exit status", done.returncode, at_most=0))
     return bars
