@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.metadata
 import json
 import os
 import sys
@@ -52,7 +53,8 @@ def main() -> int:
     wall_s = time.perf_counter() - started
     show(bars)
     machine = environment()
-    libraries = ("torch", "transformers", "bitsandbytes", "peft")
+    machine["versions"]["trl"] = importlib.metadata.version("trl")
+    libraries = ("torch", "transformers", "bitsandbytes", "peft", "trl")
     versions = ", ".join(f"{name} {machine['versions'][name]}" for name in libraries)
     print(
         f"\n{wall_s:,.0f} s on {machine['cpu_count']} cores ({machine['cpu_capability']}), "

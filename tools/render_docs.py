@@ -59,9 +59,11 @@ def figures_table(name: str) -> str:
     for figure in report["figures"]:
         bar = f"at most {number(figure['at_most'])}" if figure["at_most"] is not None else ""
         bar = f"at least {number(figure['at_least'])}" if figure["at_least"] is not None else bar
-        lines.append(f"| {figure['what']} | {number(figure['value'])} {figure['unit']} | {bar} |".replace("  |", " |"))
+        note = f" ({figure['note']})" if figure["note"] else ""
+        line = f"| {figure['what']} | {number(figure['value'])} {figure['unit']}{note} | {bar} |"
+        lines.append(line.replace("  |", " |"))
     machine = report["machine"]
-    names = ("torch", "transformers", "bitsandbytes", "peft", "accelerate", "tokenizers", "pyarrow")
+    names = ("torch", "transformers", "bitsandbytes", "peft", "trl", "accelerate", "tokenizers", "pyarrow")
     versions = ", ".join(f"{name} {machine['versions'][name]}" for name in names if name in machine["versions"])
     where = f"{machine['cpu_count']} CPU cores ({machine['cpu_capability']}), no GPU, Python {machine['python']}"
     return "\n".join([*lines, "", f"Measured on {where}; {versions}."])
@@ -86,6 +88,7 @@ PARTS = {
     "tree": tree,
     "figures:main-job": lambda: figures_table("main-job"),
     "figures:data": lambda: figures_table("data"),
+    "figures:speed": lambda: figures_table("speed"),
     "figures:quickstart": quickstart,
 }
 

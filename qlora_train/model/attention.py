@@ -45,13 +45,8 @@ class _Moves:
 
 @dataclass(frozen=True)
 class _Bucket:
-    first: int  # slot
     num_rows: int
     length: int
-
-    @property
-    def stop(self) -> int:
-        return self.first + self.num_rows * self.length
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +73,7 @@ class RowBoundaries:
             stop = first
             while stop < len(order) and self.lengths[order[stop]] >= _LEAST_FILL * longest:
                 stop += 1
-            buckets.append(_Bucket(slot, stop - first, longest))
+            buckets.append(_Bucket(stop - first, longest))
             rows = order[first:stop]
             within = np.arange(longest)
             real = within < np.asarray([self.lengths[row] for row in rows])[:, None]
@@ -251,11 +246,13 @@ def _by_buckets(
     gather = (moves.position_of_slot, moves.empty_slots, moves.slot_of_position, moves.empty_positions)
     scatter = (*gather[2:], *gather[:2])
     q, k, v = (_Move.apply(x, *gather) for x in (q, k, v))  # (S, heads, D)
+    sizes = [bucket.num_rows * bucket.length for bucket in buckets]
     outs = []
-    for bucket in buckets:
+    # Split, not sliced: the gradients of slices would each be a whole tensor of zeros around them.
+    for bucket, *parts in zip(buckets, *(x.split(sizes) for x in (q, k, v)), strict=True):
         # A row that is not longer than the window sees all of itself.
         narrow = window if window < bucket.length else 0
-        qb, kb, vb = (x[bucket.first : bucket.stop].unflatten(0, (bucket.num_rows, -1)) for x in (q, k, v))
+        qb, kb, vb = (x.unflatten(0, (bucket.num_rows, -1)) for x in parts)
         if bucket.length > PLAIN_TOKENS and not softcap:
             out = _long(qb, kb, vb, scale, rows, narrow)
         else:
@@ -269,11 +266,15 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor, softcap:
     """(R, L, H, D), (R, L, K, D) twice -> (R, L, H, D). softmax works in float32 inside and rounds once."""
     (num_rows, length, num_heads, _), groups = q.shape, q.shape[2] // k.shape[2]
     # The heads of a group share keys: they stand below each other as more queries, and no key is repeated.
-    q = (q * scale).unflatten(2, (-1, groups)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # (R, K, G * L, D)
-    scores = _capped(q @ k.permute(0, 2, 3, 1), softcap).unflatten(2, (groups, length))
-    # Adding takes a sixth of the time of masked_fill on a CPU, and nothing in the backward pass.
-    out = (scores + bias).softmax(-1).flatten(2, 3) @ v.transpose(1, 2)  # (R, K, G * L, D)
-    return out.unflatten(2, (groups, length)).permute(0, 3, 1, 2, 4).reshape(num_rows, length, num_heads, -1)
+    q = (
+        q.unflatten(2, (-1, groups)).permute(0, 2, 3, 1, 4).reshape(-1, groups * length, q.shape[-1])
+    )  # (R * K, G * L, D)
+    k, v = k.permute(0, 2, 3, 1).flatten(0, 1), v.transpose(1, 2).flatten(0, 1)
+    bias = bias.repeat(groups, 1)[None]
+    scores = _capped(torch.bmm(q, k) * scale, softcap) + bias if softcap else torch.baddbmm(bias, q, k, alpha=scale)
+    out = torch.bmm(scores.softmax(-1), v)  # (R * K, G * L, D)
+    out = out.view(num_rows, -1, groups, length, out.shape[-1])
+    return out.permute(0, 3, 1, 2, 4).reshape(num_rows, length, num_heads, -1)
 
 
 def _long(q: Tensor, k: Tensor, v: Tensor, scale: float, rows: RowBoundaries, window: int) -> Tensor:

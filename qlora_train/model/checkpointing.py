@@ -29,6 +29,7 @@ _SDPA_NAMES = ("flash_attention", "flash_attention_for_cpu", "efficient_attentio
 ATTENTION_OPS = frozenset(
     {
         torch.ops.aten.bmm.default,
+        torch.ops.aten.baddbmm.default,
         torch.ops.torch_attn._varlen_attn.default,
         *(getattr(torch.ops.aten, f"_scaled_dot_product_{name}").default for name in _SDPA_NAMES),
     }

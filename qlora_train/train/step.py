@@ -11,6 +11,7 @@ from torch import nn
 
 from qlora_train.data.loader import MicroBatch
 from qlora_train.errors import NumericsError
+from qlora_train.memory.available import return_freed_memory
 from qlora_train.model.causal import CausalModel
 from qlora_train.seeds import derive_seed
 
@@ -74,6 +75,8 @@ def train_step(
         group["lr"] = learning_rate
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    if accelerator.device.type == "cpu":
+        return_freed_memory()
     return StepResult(
         loss,
         norm,

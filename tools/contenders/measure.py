@@ -38,7 +38,7 @@ CONTENDERS = {
     "trl_padded": Contender("trl_sft:padded", "TRL, documented"),
     "trl_packed": Contender("trl_sft:packed", "TRL, packed"),
     "peft_loop": Contender("peft_loop", "PEFT, plain loop"),
-    "ours_none": Contender("ours:none", "ours, no checkpointing"),
+    "ours_none": Contender("ours:none", "ours, memory to spare"),
     "ceiling": Contender("ceiling", "ceiling: bare bf16 model", same_base=False),
     "ours_eager": Contender("ours:eager", "ours, not compiled"),
 }

@@ -17,7 +17,8 @@ _ALWAYS = {
 }
 _VARIANTS: dict[str, dict[str, str]] = {
     "full": {},
-    "none": {"train.checkpointing": "none"},
+    # What `auto` chooses where memory is to spare.
+    "none": {"train.checkpointing": "none", "train.resident_layers": "30"},
     "bf16": {"quant.quant_type": "none"},
     "eager": {"train.compile": "false"},
 }
@@ -65,6 +66,7 @@ def load(options: Options, variant: str) -> Loaded:
         "adapter": "float32",
         "attention": "per row",
         "checkpointing": recipe.train.checkpointing,
+        "dense layers": str(recipe.train.resident_layers),
         "torch.compile": "each layer" if recipe.train.compile else "no",
         "micro-batch": f"1 pack of {options.seq_len} tokens",
     }
