@@ -60,7 +60,8 @@ def figures_table(name: str) -> str:
         bar = f"at most {number(figure['at_most'])}" if figure["at_most"] is not None else ""
         bar = f"at least {number(figure['at_least'])}" if figure["at_least"] is not None else bar
         note = f" ({figure['note']})" if figure["note"] else ""
-        line = f"| {figure['what']} | {number(figure['value'])} {figure['unit']}{note} | {bar} |"
+        short = "" if figure["ok"] or not bar else ": **short**"
+        line = f"| {figure['what']} | {number(figure['value'])} {figure['unit']}{note} | {bar}{short} |"
         lines.append(line.replace("  |", " |"))
     machine = report["machine"]
     names = ("torch", "transformers", "bitsandbytes", "peft", "trl", "accelerate", "tokenizers", "pyarrow")
