@@ -140,11 +140,11 @@ def _into_cuda(codes: Tensor, absmax: Tensor, block_size: int, quant_type: str, 
 
 _CPU_LIBRARY = getattr(native, "_lib", None)  # None where no build of bitsandbytes fits the machine
 # An operator of its own, so that it can be counted, traced on meta, and called from compiled code.
-_LIBRARY = torch.library.Library("qlora_train", "DEF")
-_LIBRARY.define("dequantize_into(Tensor codes, Tensor absmax, int block_size, str quant_type, Tensor(a!) out) -> ()")
-_LIBRARY.impl("dequantize_into", _into_cpu, "CPU")
-_LIBRARY.impl("dequantize_into", _into_cuda, "CUDA")
-_LIBRARY.impl("dequantize_into", lambda *_: None, "Meta")
+_OPERATORS = torch.library.Library("qlora_train", "DEF")
+_OPERATORS.define("dequantize_into(Tensor codes, Tensor absmax, int block_size, str quant_type, Tensor(a!) out) -> ()")
+_OPERATORS.impl("dequantize_into", _into_cpu, "CPU")
+_OPERATORS.impl("dequantize_into", _into_cuda, "CUDA")
+_OPERATORS.impl("dequantize_into", lambda *_: None, "Meta")
 
 
 def packed_parts(weight: Params4bit) -> dict[str, Tensor]:
