@@ -17,7 +17,7 @@ from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 
-from qlora_train.kernels.dense import FrozenLinear, Workspace
+from qlora_train.kernels.dense import FrozenLinear, Workspace, content_state
 from qlora_train.kernels.lora_linear import Branch, lora_linear
 from qlora_train.quant.bnb import Linear4bit
 
@@ -43,7 +43,8 @@ class _Siblings:
     def forward(self, layer: nn.Module, x: Tensor) -> Tensor:
         """The result of `layer`, which is one of these."""
         branches = [one.branch() for one in self._layers]
-        state = torch.is_grad_enabled(), _state(x), [(_state(b.weight_A_rI), _state(b.weight_B_Or)) for b in branches]
+        weights = [weight for branch in branches for weight in (branch.weight_A_rI, branch.weight_B_Or)]
+        state = torch.is_grad_enabled(), [content_state(tensor) for tensor in (x, *weights)]
         fresh = self._made_for is not None and self._made_for[0] is x and self._made_for[1] == state
         if not fresh or layer not in self._waiting:
             self._waiting = dict(zip(self._layers, lora_linear(x, branches), strict=True))
@@ -52,11 +53,6 @@ class _Siblings:
         if not self._waiting:
             self._made_for = None  # nothing may keep activations alive
         return result
-
-
-def _state(tensor: Tensor) -> tuple[int, int]:
-    """Differs when the tensor has been written to, or given other memory."""
-    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
 
 class _OwnForward:

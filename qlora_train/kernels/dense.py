@@ -8,6 +8,11 @@ from torch import Tensor, nn
 from qlora_train.quant.bnb import Params4bit, dequantize_into
 
 
+def content_state(tensor: Tensor) -> tuple[int, int]:
+    """Differs when the tensor has been written to, or given other memory."""
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+
+
 class Workspace:
     """One buffer for each place in a decoder layer ("mlp.down_proj"), which holds what was last asked for there.
 
@@ -18,20 +23,19 @@ class Workspace:
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[object, ...], Tensor] = {}
-        self._owners: dict[tuple[object, ...], tuple[Params4bit, int, int]] = {}
+        self._owners: dict[tuple[object, ...], tuple[Params4bit, tuple[int, int]]] = {}
 
     def dense(self, place: str, weight: Params4bit, dtype: torch.dtype) -> Tensor:
         """The weight (O, I) in `dtype`, valid until another weight of the same place is asked for."""
         shape = weight.quant_state.shape
         key = (place, shape, dtype, weight.device)
-        data_ptr, version = weight.data_ptr(), weight._version
-        owner = self._owners.get(key)
-        if owner is None or owner[0] is not weight or owner[1:] != (data_ptr, version):
+        state, owner = content_state(weight), self._owners.get(key)
+        if owner is None or owner[0] is not weight or owner[1] != state:
             if key not in self._buffers:
                 self._buffers[key] = torch.empty(shape, dtype=dtype, device=weight.device)
             self._owners.pop(key, None)
             dequantize_into(weight, self._buffers[key])
-            self._owners[key] = (weight, data_ptr, version)
+            self._owners[key] = (weight, state)
         return self._buffers[key]
 
     @property

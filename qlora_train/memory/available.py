@@ -22,7 +22,7 @@ def available_bytes(device: torch.device, held_bytes: int = 0) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch would use it first
         return int(CUDA_SHARE * (free + held_bytes))
-    free = psutil.virtual_memory().available  # psutil comes with accelerate
+    free = psutil.virtual_memory().available
     limited = cgroup_free_bytes()
     return int(HOST_SHARE * ((free if limited is None else min(free, limited)) + held_bytes))
 
