@@ -46,7 +46,7 @@ prove: $(SYNCED)  ## Show a claim with figures: make prove WHAT=merge [FULL=1] [
 
 lock: | $(filter .uv/bin/uv,$(UV))  ## Pin and hash every dependency again, for every platform
 	$(UV) pip compile --universal --generate-hashes --no-emit-index-url --no-header \
-		--group model --group dev --group bench --group serve pyproject.toml -o requirements.lock
+		--group model --group dev --group trackers --group bench --group serve pyproject.toml -o requirements.lock
 
 clean:  ## Remove caches and build outputs; keeps .venv and runs/
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
