@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import os
+import pwd
+import re
 import secrets
 import shutil
 import socket
+import stat
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,12 +21,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from safetensors import SafetensorError
+
 from qlora_train.errors import MachineError
 
 MANIFEST = "MANIFEST.json"
-SCHEMA_VERSION = 1
-TEMPORARY_PREFIX = ".tmp-"
-TRASH_PREFIX = ".trash-"
+SCHEMA_VERSION = 2
+TEMPORARY_PREFIX = ".tmp-"  # not published yet
+TRASH_PREFIX = ".trash-"  # no longer published
+REPLACED_PREFIX = ".old-"  # the former holder of a name, until the new one has it
+
+# What to do about a failed write, by errno.
+_FIXES = {
+    errno.ENOSPC: "free space there, or choose a folder on another disk",
+    errno.EDQUOT: "free space within your quota there, or choose a folder on another disk",
+    errno.EFBIG: "raise the limit on the size of files (`ulimit -f unlimited`), or choose another file system",
+    errno.EROFS: "mount the file system writable, or choose another folder",
+    errno.EACCES: "change the permissions, or choose another folder",
+    errno.EPERM: "change the permissions, or choose another folder",
+    errno.EIO: "the disk or the way to it fails: see the system's log (`dmesg`), and choose another disk",
+}
+_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
+# How a file system that cannot sync folders (some over FUSE and SMB) says so; there is nothing to be done about it.
+_NO_FOLDER_SYNC = frozenset({errno.EINVAL, errno.ENOTSUP, errno.ENOSYS})
 
 
 @dataclass(frozen=True)
@@ -72,6 +93,11 @@ class RunDir:
         return self.root / "metrics.jsonl"
 
     @property
+    def trackers(self) -> Path:
+        """Folder of what trackers (run.trackers) keep on this machine."""
+        return self.root / "trackers"
+
+    @property
     def chat_template(self) -> Path:
         """The chat template that the rows were rendered with, where there is one."""
         return self.root / "chat_template.jinja"
@@ -82,9 +108,24 @@ class RunDir:
         return self.root / "eval.json"
 
     @property
+    def memory(self) -> Path:
+        """What the run planned to hold in memory, and what it held: train/memory.py says how it is laid out."""
+        return self.root / "memory.json"
+
+    @property
     def summary(self) -> Path:
         """What came of the run; written last: its presence says that the run is complete."""
         return self.root / "run.json"
+
+    @property
+    def exports(self) -> Path:
+        """One JSON line per export: what was merged, and the verdict."""
+        return self.root / "exports.jsonl"
+
+    @property
+    def report_page(self) -> Path:
+        """The run as a page to read."""
+        return self.root / "report.html"
 
     @property
     def checkpoints(self) -> Path:
@@ -104,9 +145,9 @@ class RunDir:
     def facts(self) -> tuple[Path, ...]:
         """What a run writes before its first checkpoint, and writes anew when it starts again."""
         return (
-            *(self.recipe, self.environment, self.base, self.evaluation, self.metrics),
+            *(self.recipe, self.environment, self.base, self.evaluation, self.metrics, self.memory),
             *(self.data, self.fates, self.rejected, self.audit_page),
-            *(self.chat_template, self.checkpoints, self.lock),
+            *(self.chat_template, self.checkpoints, self.trackers, self.report_page, self.lock),
         )
 
 
@@ -123,12 +164,23 @@ def cache_dir() -> Path:
 
 
 def fsync_dir(folder: Path) -> None:
-    """Make the entries of a folder durable."""
+    """Make the entries of a folder durable, where its file system can."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise
     finally:
         os.close(descriptor)
+
+
+def make_folder(folder: Path) -> None:
+    """A folder and those above it, each durable as an entry of the one above."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for made in missing:
+        fsync_dir(made.parent)
 
 
 @contextlib.contextmanager
@@ -164,7 +216,11 @@ def write_json_lines(path: Path, entries: Iterable[Mapping[str, Any]]) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write plain data as indented JSON; a number that is not finite is our bug and raises ValueError."""
-    write_file(path, (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    write_file(path, _json_bytes(value))
+
+
+def _json_bytes(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def read_json(path: Path) -> Any:
@@ -184,86 +240,194 @@ def sha256_file(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def explained(path: Path) -> Iterator[None]:
-    """Turn an OSError of writing `path` into a MachineError that says what, where, and how much room is left."""
+def explained(path: Path, *, num_bytes: int | None = None) -> Iterator[None]:
+    """Turn an error of writing `path` into a MachineError: what, where, bytes needed where known, and bytes free.
+
+    safetensors hides the number of an OSError in its message; it is found there.
+    """
     try:
         yield
-    except OSError as error:
-        folder = next(p for p in [path, *path.parents] if p.exists())
-        free_mib = shutil.disk_usage(folder).free / 2**20
+    except (OSError, SafetensorError) as error:
+        number = _errno(error)
+        if number is None and isinstance(error, SafetensorError):
+            raise
+        reason = os.strerror(number) if number is not None else str(error)
         raise MachineError(
-            f"cannot write {path}: {error.strerror or error} ({free_mib:,.0f} MiB free)",
-            fix="free space or choose another folder; what was complete before is untouched",
+            f"cannot write {path}: {reason} ({_circumstances(path, number, num_bytes)})",
+            fix=f"{_FIXES.get(number or 0, 'choose another folder')}; what was complete before is untouched",
         ) from error
 
 
+def is_full(error: MachineError) -> bool:
+    """Whether a write failed because there was no room, which may come back."""
+    cause = error.__cause__
+    return isinstance(cause, OSError | SafetensorError) and _errno(cause) in _NO_ROOM
+
+
+def _errno(error: OSError | SafetensorError) -> int | None:
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found.group(1)) if found else None
+
+
+def _circumstances(path: Path, number: int | None, num_bytes: int | None) -> str:
+    """Who may write there where that is the question, else how much room is needed and left."""
+    folder = next((p for p in [path, *path.absolute().parents] if p.exists()), Path("/"))
+    if number in (errno.EACCES, errno.EPERM):
+        found = folder.stat()
+        return f"{folder} is {stat.filemode(found.st_mode)} of {_user(found.st_uid)}; this process runs as {_user()}"
+    needed = [] if num_bytes is None else [f"{num_bytes / 2**20:,.1f} MiB needed"]
+    return ", ".join([*needed, f"{shutil.disk_usage(folder).free / 2**20:,.0f} MiB free"])
+
+
+def _user(number: int | None = None) -> str:
+    number = os.geteuid() if number is None else number
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:
+        return f"uid {number}"
+
+
 @contextlib.contextmanager
-def publishing(target: Path, *, manifest: dict[str, Any]) -> Iterator[Path]:
+def publishing(
+    target: Path, *, manifest: Mapping[str, Any], num_bytes: int | None = None, replace: bool = False
+) -> Iterator[Path]:
     """A folder that appears whole or not at all: fill the yielded temporary folder; leaving the block publishes it.
 
-    On leaving: every file is fsynced, MANIFEST.json (sizes, SHA-256, and `manifest`) is written last, the folder is
-    fsynced, renamed to `target`, and the parent fsynced. On an exception the temporary folder is removed.
+    On leaving: every file is fsynced, MANIFEST.json (`manifest`, sizes, SHA-256, and one of its own) is written last,
+    the folders are fsynced, the temporary one is renamed to `target`, and the parent fsynced. With `replace`, a former
+    `target` is deleted after that; a process killed in between leaves one of the two, once `sweep` has run. On an
+    exception the temporary folder is removed. `num_bytes` is what will be written, for the message of a full disk.
+    tests/faults/test_kill_save.py kills it at each of its system calls.
     """
-    with explained(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
+    with explained(target, num_bytes=num_bytes):
+        make_folder(target.parent)
         temporary = target.parent / f"{TEMPORARY_PREFIX}{target.name}-{os.getpid()}-{secrets.token_hex(4)}"
         temporary.mkdir()
     try:
-        with explained(target):
+        with explained(target, num_bytes=num_bytes):
             yield temporary
-            files = sorted(p for p in temporary.rglob("*") if p.is_file())
-            entries = {}
-            for file in files:
-                with file.open("rb") as handle:
-                    os.fsync(handle.fileno())
-                    digest = hashlib.file_digest(handle, "sha256").hexdigest()
-                entries[file.relative_to(temporary).as_posix()] = {"bytes": file.stat().st_size, "sha256": digest}
-            write_json(temporary / MANIFEST, {"schema": SCHEMA_VERSION, **manifest, "files": entries})
-            temporary.rename(target)
-            fsync_dir(target.parent)
+            files = _synced_files(temporary)
+            write_json(temporary / MANIFEST, _sealed({"schema": SCHEMA_VERSION, **manifest, "files": files}))
+            for folder in temporary.rglob("*/"):
+                fsync_dir(folder)
+            fsync_dir(temporary)
+            _take_name(temporary, target, replace=replace)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _synced_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every file in a folder, each of them on disk."""
+    entries = {}
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+            digest = hashlib.file_digest(handle, "sha256").hexdigest()
+        entries[file.relative_to(folder).as_posix()] = {"bytes": file.stat().st_size, "sha256": digest}
+    return entries
+
+
+def _sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest with the SHA-256 of all that it says."""
+    said = json.loads(json.dumps({name: value for name, value in manifest.items() if name != "sha256"}))
+    text = json.dumps(said, sort_keys=True, separators=(",", ":"))
+    return {**said, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def _take_name(temporary: Path, target: Path, *, replace: bool) -> None:
+    """Rename a finished folder to `target`, and delete the one that had this name."""
+    former = target.with_name(f"{REPLACED_PREFIX}{target.name}")
+    replaced = replace and target.exists()
+    if replaced:
+        target.rename(former)
+    try:
+        temporary.rename(target)
+    except OSError:
+        if replaced:
+            former.rename(target)
+        raise
+    fsync_dir(target.parent)
+    if replaced:
+        shutil.rmtree(former, ignore_errors=True)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a published folder; ValueError when it is not as it was written, OSError when it is not there."""
+    content = (folder / MANIFEST).read_bytes()
+    manifest = json.loads(content)
+    if not isinstance(manifest, dict) or "schema" not in manifest:
+        raise ValueError("not a manifest")
+    if manifest["schema"] != SCHEMA_VERSION:
+        raise ValueError(f"schema {manifest['schema']}, this build knows {SCHEMA_VERSION}")
+    if content != _json_bytes(_sealed(manifest)):
+        raise ValueError("changed since it was written: its own SHA-256 does not match")
+    return manifest
 
 
 def manifest_faults(folder: Path) -> list[str]:
     """Why a published folder is not what its manifest says; empty when every byte verifies."""
     try:
-        files: dict[str, dict[str, Any]] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        files: dict[str, dict[str, Any]] = read_manifest(folder)["files"]
         expected = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return [f"{MANIFEST}: {type(error).__name__}: {error}"]
-    present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - {MANIFEST}
+        present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - {MANIFEST}
+    except FileNotFoundError:
+        return [f"{MANIFEST}: missing"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return [f"{MANIFEST}: {error}"]
     faults = [f"{name}: not in {MANIFEST}" for name in sorted(present - set(expected))]
     for name, (num_bytes, digest) in sorted(expected.items()):
         path = folder / name
-        if name not in present or path.is_symlink():
-            faults.append(f"{name}: missing")
-        elif path.stat().st_size != num_bytes:
-            faults.append(f"{name}: {path.stat().st_size:,} of {num_bytes:,} bytes")
-        elif sha256_file(path) != digest:
-            faults.append(f"{name}: SHA-256 mismatch")
+        try:
+            if name not in present or path.is_symlink():
+                faults.append(f"{name}: missing")
+            elif path.stat().st_size != num_bytes:
+                faults.append(f"{name}: {path.stat().st_size:,} of {num_bytes:,} bytes")
+            elif sha256_file(path) != digest:
+                faults.append(f"{name}: SHA-256 mismatch")
+        except OSError as error:
+            faults.append(f"{name}: {error.strerror}")
     return faults
 
 
 def retire(folder: Path) -> None:
-    """Delete a published folder so that no reader can meet half of it: rename first, then remove."""
+    """Delete a published folder so that no reader can meet half of it: rename first, then remove.
+
+    Raises MachineError when it cannot be renamed; what cannot be removed then is left to `sweep`.
+    """
     trash = folder.with_name(f"{TRASH_PREFIX}{folder.name}-{secrets.token_hex(4)}")
-    folder.rename(trash)
+    with explained(folder):
+        folder.rename(trash)
+        fsync_dir(folder.parent)
     shutil.rmtree(trash, ignore_errors=True)
 
 
+def is_leftover(name: str) -> bool:
+    """Whether a name is one that only an interrupted write leaves behind."""
+    return name.startswith((TEMPORARY_PREFIX, TRASH_PREFIX, REPLACED_PREFIX))
+
+
 def sweep(folder: Path) -> None:
-    """Remove what a killed process left behind. Call it only while holding the run's lock."""
-    for leftover in folder.glob(".t*"):
-        if leftover.name.startswith((TEMPORARY_PREFIX, TRASH_PREFIX)):
-            shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+    """Remove what a killed process left behind, and give a replaced folder whose place is empty its name back.
+
+    Call it only while holding the run's lock.
+    """
+    for leftover in sorted(path for path in folder.glob(".*") if is_leftover(path.name)):
+        name = leftover.name.removeprefix(REPLACED_PREFIX)
+        if name != leftover.name and not (folder / name).exists():
+            leftover.rename(folder / name)
+        elif leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def locked(run_dir: RunDir) -> Iterator[None]:
     """Hold the run folder for this process; MachineError names the holder. The kernel frees it when a process dies."""
     with explained(run_dir.lock):
-        run_dir.root.mkdir(parents=True, exist_ok=True)
+        make_folder(run_dir.root)
         handle = run_dir.lock.open("a+")
     with handle:
         try:
@@ -274,8 +438,14 @@ def locked(run_dir: RunDir) -> Iterator[None]:
                 f"{run_dir.root} is in use by {handle.read().strip() or 'another process'}",
                 fix="wait for it, stop it, or choose another run.dir",
             ) from error
-        handle.seek(0)
-        handle.truncate()
-        handle.write(f"pid {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
-        handle.flush()
+        except OSError as error:
+            raise MachineError(
+                f"cannot lock {run_dir.root}: {error.strerror}; two runs in it would spoil each other",
+                fix="choose a folder on a file system with locks (NFS: mount it with them)",
+            ) from error
+        with explained(run_dir.lock):
+            handle.seek(0)
+            handle.truncate()
+            handle.write(f"pid {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+            handle.flush()
         yield

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
+
+# What torch 2.15 (CUDA, CPU, cuBLAS) and the C++ library say when memory is short.
+_NO_MEMORY = re.compile(
+    r"out of memory|not enough memory|can(no|')t allocate memory|bad_alloc|CUBLAS_STATUS_ALLOC_FAILED",
+    re.IGNORECASE,
+)
+_REQUEST = re.compile(r"(?:tried to|unable to) allocate ([\d.]+) (bytes|[KMGT]iB)|malloc of size ([\d.]+) failed", re.I)
+_UNITS = {"bytes": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
 
 @dataclass(frozen=True)
@@ -61,6 +71,12 @@ class MachineError(UserError):
     kind, exit_code = "machine", 6
 
 
+class OutOfMemory(MachineError):
+    """A plan does not fit into the memory there is, or the memory ran out: other settings may do."""
+
+    kind, exit_code = "memory", 9
+
+
 class NumericsError(UserError):
     """The training produced a number that is not finite."""
 
@@ -73,9 +89,42 @@ class SecurityError(UserError):
     kind, exit_code = "security", 8
 
 
-class Interrupted(Exception):
-    """A signal ended the run after its state was saved; the process ends with 128 + the signal's number."""
+class Interrupted(BaseException):
+    """A signal ended the run after its state was saved; the process ends with 128 + the signal's number.
+
+    No Exception, as KeyboardInterrupt is none: no library that catches all errors may swallow it.
+    """
 
     def __init__(self, signal_number: int, saved: str) -> None:
         self.exit_code = 128 + signal_number
         super().__init__(saved)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception of torch, numpy, Arrow or the system says that memory, of a card or the host, ran out.
+
+    >>> is_out_of_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to ..."))
+    True
+    """
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    if isinstance(error, RuntimeError):
+        # torch.OutOfMemoryError is a RuntimeError; torch is not imported here.
+        named = any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)
+        return named or _NO_MEMORY.search(str(error)) is not None
+    return isinstance(error, MemoryError)
+
+
+def requested_bytes(message: str) -> int | None:
+    """The size of the request that failed, where the message of an out-of-memory error tells it.
+
+    >>> requested_bytes("CUDA out of memory. Tried to allocate 1.50 GiB. GPU 0 has a total capacity of 23.6 GiB ...")
+    1610612736
+    >>> requested_bytes("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes.")
+    4096
+    """
+    found = _REQUEST.search(message)
+    if found is None:
+        return None
+    number, unit = found.group(1) or found.group(3), (found.group(2) or "bytes").lower()
+    return int(float(number) * _UNITS[unit])

@@ -43,7 +43,9 @@ class _LinearCrossEntropySum(torch.autograd.Function):
     ) -> Tensor:
         loss_sum = torch.zeros((), dtype=torch.float32, device=hidden_NH.device)
         grad_NH = torch.empty_like(hidden_NH) if ctx.needs_input_grad[0] else None
-        for start in range(0, hidden_NH.shape[0], chunk):
+        # Without values, two chunks show what all of them take.
+        num_tokens = min(hidden_NH.shape[0], 2 * chunk) if hidden_NH.is_meta else hidden_NH.shape[0]
+        for start in range(0, num_tokens, chunk):
             logits_CV = torch.nn.functional.linear(hidden_NH[start : start + chunk], weight_VH, bias_V)
             for first in range(0, logits_CV.shape[0], block):
                 part = slice(start + first, start + min(first + block, logits_CV.shape[0]))

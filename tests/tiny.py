@@ -71,11 +71,11 @@ def build_tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_tiny_llama(folder: Path, *, tie: bool = True, seed: int = 0) -> Path:
-    """A random LlamaForCausalLM with grouped-query attention: q 128, k and v 64, MLP 256, two layers."""
+def build_tiny_llama(folder: Path, *, tie: bool = True, seed: int = 0, **sizes: int) -> Path:
+    """A random LlamaForCausalLM with grouped-query attention: q 128, k and v 64, MLP 256, two layers, or `sizes`."""
     from transformers import LlamaConfig
 
-    return _save(LlamaConfig(**SIZES, num_key_value_heads=2, tie_word_embeddings=tie), folder, seed)
+    return _save(LlamaConfig(**{**SIZES, **sizes}, num_key_value_heads=2, tie_word_embeddings=tie), folder, seed)
 
 
 def build_tiny_neox(folder: Path, *, seed: int = 0) -> Path:

@@ -1,4 +1,4 @@
-"""Fill the generated parts of README.md: file trees, and figures that `make prove JSON=...` wrote.
+"""Fill the generated parts of the documents: file trees, and figures that `make prove JSON=...` wrote.
 
 A generated part stands between `<!-- NAME -->` and `<!-- end NAME -->`. `--check` changes nothing and only compares.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
+DOCUMENTS = (ROOT / "README.md", ROOT / "recipes" / "README.md")
 FIGURES = ROOT / "tools" / "figures"
 TREE_FOLDERS = ("qlora_train", "tools")
 
@@ -70,11 +70,16 @@ def figures_table(name: str) -> str:
     return "\n".join([*lines, "", f"Measured on {where}; {versions}."])
 
 
+def figures_of(recipe: str) -> dict[str, float]:
+    """What the main job measured of a recipe."""
+    figures = load_figures("main-job")["figures"]
+    own = [figure for figure in figures if figure["what"].startswith(f"{recipe}: ")]
+    return {figure["what"].removeprefix(f"{recipe}: "): figure["value"] for figure in own}
+
+
 def quickstart() -> str:
     """The closing table of the quickstart."""
-    values = {
-        figure["what"].removeprefix("quickstart: "): figure["value"] for figure in load_figures("main-job")["figures"]
-    }
+    values = figures_of("quickstart")
     rows = (
         ("held-out loss (nats per supervised token)", "held-out loss of the NF4 base", "held-out loss after training"),
         ("character similarity of generated commands", "character similarity before", "character similarity after"),
@@ -85,12 +90,33 @@ def quickstart() -> str:
     return "\n".join(lines)
 
 
+def recipes() -> str:
+    """What the recipes that were run here came to."""
+    rows = (
+        ("quickstart", "held-out loss", "held-out loss of the NF4 base", "held-out loss after training"),
+        ("spelling", "exact match", "exact match of the NF4 base", "exact match after at most one epoch"),
+        ("jargon", "held-out loss", "held-out loss of the NF4 base", "held-out loss after training"),
+    )
+    lines = ["| Recipe | Measured on held-out rows | Base | Trained | Wall time | Tokens/s | Peak memory |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for recipe, what, before, after in rows:
+        values = figures_of(recipe)
+        lines.append(
+            f"| [{recipe}.yaml]({recipe}.yaml) | {what} | {values[before]:.3g} | {values[after]:.3g} "
+            f"| {values['wall time']:,.0f} s | {values['training speed']:,.0f} "
+            f"| {values['peak resident memory']:.2f} GiB |"
+        )
+    return "\n".join(lines)
+
+
 PARTS = {
     "tree": tree,
     "figures:main-job": lambda: figures_table("main-job"),
     "figures:data": lambda: figures_table("data"),
     "figures:speed": lambda: figures_table("speed"),
+    "figures:fit": lambda: figures_table("fit"),
     "figures:quickstart": quickstart,
+    "figures:recipes": recipes,
 }
 
 
@@ -106,17 +132,21 @@ def render(text: str) -> str:
 
 
 def main() -> int:
-    """Write README.md, or say that it is stale."""
+    """Write the documents, or say which are stale."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="change nothing; 1 when README.md is stale")
-    text = README.read_text(encoding="utf-8")
-    rendered = render(text)
-    if parser.parse_args().check:
-        if rendered != text:
-            print("README.md is stale: run tools/render_docs.py")
-        return int(rendered != text)
-    README.write_text(rendered, encoding="utf-8")
-    return 0
+    parser.add_argument("--check", action="store_true", help="change nothing; 1 when a document is stale")
+    check = parser.parse_args().check
+    num_stale = 0
+    for document in DOCUMENTS:
+        text = document.read_text(encoding="utf-8")
+        if (rendered := render(text)) == text:
+            continue
+        num_stale += 1
+        if check:
+            print(f"{document.relative_to(ROOT)} is stale: run tools/render_docs.py")
+        else:
+            document.write_text(rendered, encoding="utf-8")
+    return int(check and num_stale > 0)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.text import Text
 
+from qlora_train.printable import fit_to_show
 from qlora_train.train.metrics import Progress as StepProgress
 from qlora_train.train.metrics import Reporter
 
@@ -54,7 +55,7 @@ class LineReporter:
         self._console = console
 
     def _line(self, text: str, style: str = "") -> None:
-        self._console.print(Text(text, style=style), soft_wrap=True)
+        self._console.print(Text(fit_to_show(text), style=style), soft_wrap=True)
 
     def message(self, text: str) -> None:
         """A line of information."""

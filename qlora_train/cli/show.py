@@ -14,17 +14,30 @@ from rich.text import Text
 
 from qlora_train.api import CheckResult, DataResult, ExportResult, TrainResult
 from qlora_train.data.audit import Audit
-from qlora_train.data.preview import PreviewRow, printable
+from qlora_train.data.preview import PreviewRow
 from qlora_train.evaluate.sides import SideScores
+from qlora_train.memory.exhausted import size_text
+from qlora_train.printable import printable
+from qlora_train.train.deepcheck import Finding
 
 SAMPLES = 3
-_console = Console(highlight=False)
+
+
+class ResultConsole(Console):
+    """A console for results: where nobody reads them, the error reaches the caller; rich would end the process."""
+
+    def on_broken_pipe(self) -> None:
+        """Called by rich while it handles the BrokenPipeError."""
+        raise BrokenPipeError
+
+
+_console = ResultConsole(highlight=False)
 
 
 def json_or(as_json: bool, result: Any, show: Callable[[], None]) -> None:
     """Print a result for a machine or for a person."""
     if as_json:
-        print(json.dumps(to_plain(result), ensure_ascii=False))
+        print(json.dumps(to_plain(result)))  # as ASCII: nothing in it steers a terminal
     else:
         show()
 
@@ -60,7 +73,22 @@ def check(result: CheckResult, *, list_modules: bool) -> None:
             table.add_row(name, str(count))
         _console.print(table)
     _rows(result.preview)
-    _console.print(Text("The recipe is sound."))
+    if result.findings:
+        _findings(result.findings)
+    if all(finding.ok for finding in result.findings):
+        _console.print(Text("The recipe is sound."))
+
+
+def _findings(findings: Sequence[Finding]) -> None:
+    """A line for each check of a deep check."""
+    table = _table("measured on the model", "", "must be", "")
+    for finding in findings:
+        verdict = Text("ok", "green") if finding.ok else Text("FAILS", "bold red")
+        table.add_row(*(Text(printable(text)) for text in (finding.what, finding.measured, finding.bar)), verdict)
+    for column in table.columns[1:3]:
+        column.justify = "left"
+    _console.print(Text())
+    _console.print(table)
 
 
 def data(result: DataResult) -> None:
@@ -76,7 +104,8 @@ def data(result: DataResult) -> None:
         near = split.near_duplicates
         _console.print(
             Text(
-                f"{split.duplicates.num_duplicates:,} rows repeat an earlier one, {near.num_near:,} nearly do "
+                f"{_count(split.duplicates.num_duplicates, 'row repeats', 'rows repeat')} an earlier one, "
+                f"{_count(near.num_near, 'nearly does', 'nearly do')} "
                 f"({near.num_compared:,} compared{', a random sample' if near.sampled else ''}; "
                 f"{near.num_too_short:,} too short to compare)"
             )
@@ -107,6 +136,15 @@ def data(result: DataResult) -> None:
     _console.print(Text(f"the whole account: {result.page}"), soft_wrap=True)
 
 
+def _count(number: int, one: str, many: str) -> str:
+    """A number with its words.
+
+    >>> _count(1, "row repeats", "rows repeat"), _count(0, "row repeats", "rows repeat")
+    ('1 row repeats', '0 rows repeat')
+    """
+    return f"{number:,} {one if number == 1 else many}"
+
+
 def _audit(audit: Audit) -> None:
     """A split's line, and the reasons of the rows that are not trained on whole."""
     _console.print(Text(audit.summary()))
@@ -126,7 +164,7 @@ def _audit(audit: Audit) -> None:
 def _rows(rows: Sequence[PreviewRow]) -> None:
     _console.print(Text("\nRows as they are trained: tokens between bars, supervised ones in brackets and green."))
     for row in rows:
-        line = Text(f"{row.where}{f' ({row.reason})' if row.reason else ''}\n  ")
+        line = Text(f"{printable(row.where)}{f' ({row.reason})' if row.reason else ''}\n  ")
         for part in (row.tokens, row.tail):
             for text, weight in part:
                 line.append(f"[{text}]" if weight else f"{text}|", "bold green" if weight else "dim")
@@ -185,6 +223,10 @@ def trained(result: TrainResult) -> None:
             f"{result.wall_s:,.0f} s"
         )
     )
+    if result.planned_memory_bytes and result.measured_memory_bytes:
+        off = result.measured_memory_bytes / result.planned_memory_bytes - 1
+        planned, measured = size_text(result.planned_memory_bytes), size_text(result.measured_memory_bytes)
+        _console.print(Text(f"tensors of a training step: {planned} planned, {measured} measured ({off:+.1%})"))
     _console.print(Text(f"run folder: {result.run_dir}"), soft_wrap=True)
 
 
@@ -222,6 +264,6 @@ def environment(facts: dict[str, Any]) -> None:
     for key, value in facts.items():
         if isinstance(value, dict):
             for name, version in value.items():
-                _console.print(Text(f"{name:<16} {version}"))
+                _console.print(Text(printable(f"{name:<16} {version}")))
         else:
-            _console.print(Text(f"{key:<16} {value}"))
+            _console.print(Text(printable(f"{key:<16} {value}")))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 
 from qlora_train.api import ChatSession
-from qlora_train.data.preview import printable
 from qlora_train.errors import ModelError
+from qlora_train.printable import fit_to_show, printable
 
 HELP = "/adapter NAME, /base, /clear, /exit"
 
@@ -46,6 +46,6 @@ def _command(session: ChatSession, line: str) -> None:
             session.switch("base" if name == "/base" else argument.strip())
             print(f"{session.active} answers", file=sys.stderr)
         except ModelError as error:
-            print(error, file=sys.stderr)
+            print(fit_to_show(str(error)), file=sys.stderr)
     else:
-        print(f"unknown command {name}: {HELP}", file=sys.stderr)
+        print(f"unknown command {printable(name)}: {HELP}", file=sys.stderr)

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -79,7 +80,9 @@ def cached(source: Source, reading: Reading, encoder: Encoder) -> CachedSource:
         os.utime(folder)
     facts = Facts(**json.loads((folder / FACTS).read_text(encoding="utf-8")))
     _shrink(folder.parent, limit_gib * 2**30)
-    return CachedSource(source, reading, folder, facts, digest, lock)
+    opened = CachedSource(source, reading, folder, facts, digest, lock)
+    weakref.finalize(opened, lock.close)
+    return opened
 
 
 def _open_lock(folder: Path, name: str) -> TextIO:

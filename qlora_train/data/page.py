@@ -13,7 +13,7 @@ from markupsafe import escape
 from numpy.typing import NDArray
 
 from qlora_train.data.audit import MEANINGS
-from qlora_train.data.preview import printable
+from qlora_train.printable import printable
 
 MAX_TEXT = 200  # characters of a name, a place or a reason
 MAX_LISTED = 30  # sources, and kinds of reason

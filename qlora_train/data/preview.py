@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qlora_train.data.strange import random_rows, strangest
 from qlora_train.data.table import TokenRow, TokenTable
+from qlora_train.printable import printable
 
 MAX_TOKENS = 600  # of a row that are shown: half at its start, half at its end
 MAX_TOKEN_CHARS = 200
@@ -53,21 +53,6 @@ def rows_to_look_at(
         for row, entry in zip(shown, strange, strict=True)
     ]
     return preview(table, tokenizer, random_rows(table, num_random, seed)) + reasons
-
-
-def printable(text: str) -> str:
-    r"""The text with what could steer a terminal written as escapes: controls, direction marks, line separators.
-
-    >>> printable("a\x1b[2Jb\n")
-    'a\\x1b[2Jb\\n'
-    """
-    return "".join(char if _is_plain(char) else char.encode("unicode_escape").decode("ascii") for char in text)
-
-
-def _is_plain(char: str) -> bool:
-    """Letters, marks, numbers, punctuation, symbols and the plain space: not C* (controls, formats), Zl or Zp."""
-    category = unicodedata.category(char)
-    return category[0] != "C" and category not in ("Zl", "Zp")
 
 
 def _preview_row(row: TokenRow, tokenizer: PreTrainedTokenizerBase, where: str) -> PreviewRow:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -77,14 +78,21 @@ def questions_of(split: Split, tokenizer: Any, limit: int) -> list[Question]:
 
 
 def score_side(
-    causal: CausalModel, tokenizer: Any, split: Split, section: EvalSection, *, validation: Validation | None = None
+    causal: CausalModel,
+    tokenizer: Any,
+    split: Split,
+    section: EvalSection,
+    *,
+    validation: Validation | None = None,
+    questions: Sequence[Question] | None = None,
 ) -> SideScores:
-    """Measure the model as it is now. `validation` saves the pass over the rows where its result is known already."""
+    """Measure the model as it is now. `validation` and `questions` save the work where they are known already."""
     device: torch.device = causal.head.weight_VH.device
     if validation is None:
         batches = eval_batches(split.table, section.batch_size, tokenizer.pad_token_id)
         validation = validate(causal, batches, device)
-    questions = questions_of(split, tokenizer, section.generate_rows)
+    if questions is None:
+        questions = questions_of(split, tokenizer, section.generate_rows)
     answers = answer(
         causal.model, tokenizer, questions, max_new_tokens=section.max_new_tokens, batch_size=section.batch_size
     )

@@ -19,6 +19,7 @@ from torch import Tensor
 from qlora_train.adapters.state import load_adapter_config, read_adapter_tensors
 from qlora_train.errors import ModelError
 from qlora_train.export.safetensors_writer import Planned, plan_shards, write_shards
+from qlora_train.model.binding import refuse_other_shape
 from qlora_train.model.files import stored_tensors
 from qlora_train.model.load import resolve_device
 from qlora_train.model.skeleton import build_skeleton, load_config
@@ -28,8 +29,6 @@ from qlora_train.quant.bnb import QuantSettings, dequantize, quantize
 from qlora_train.quant.fingerprint import BasePrint, TensorPrint, print_tensor
 
 _PEFT_PREFIX = "base_model.model."
-# What these fields change about the update, our merge does not compute.
-_PLAIN_ONLY = ("rank_pattern", "alpha_pattern", "use_dora", "modules_to_save", "lora_bias", "trainable_token_indices")
 
 
 @dataclass(frozen=True)
@@ -58,24 +57,15 @@ class ModuleRow:
 
 def read_deltas(adapter: Path) -> dict[str, Delta]:
     """The updates of an adapter folder by the base's parameter name. Refuses what is not plain LoRA."""
-    config = load_adapter_config(adapter)
-    if fields := [name for name in _PLAIN_ONLY if getattr(config, name, None)]:
-        raise ModelError(f"{adapter}: {', '.join(fields)} cannot be merged", fix="export an adapter of plain LoRA")
+    config = load_adapter_config(adapter)  # refuses what is no pair of lora_A and lora_B
     tensors = read_adapter_tensors(adapter)
-    deltas = {}
-    for name in sorted(tensors):
-        if not name.endswith(".lora_A.weight"):
-            continue
-        stem = name.removesuffix(".lora_A.weight")
-        lora_B = tensors.pop(f"{stem}.lora_B.weight", None)
-        if lora_B is None:
-            raise ModelError(f"{adapter}: {stem} has lora_A and no lora_B", fix="restore the adapter")
-        deltas[f"{stem.removeprefix(_PEFT_PREFIX)}.weight"] = Delta(tensors.pop(name), lora_B, _scaling(config))
-    if tensors:
-        raise ModelError(
-            f"{adapter}: {len(tensors)} tensors are no LoRA pair, first {min(tensors)}", fix="restore the adapter"
+    stems = sorted(name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight"))
+    return {
+        f"{stem.removeprefix(_PEFT_PREFIX)}.weight": Delta(
+            tensors[f"{stem}.lora_A.weight"], tensors[f"{stem}.lora_B.weight"], _scaling(config)
         )
-    return deltas
+        for stem in stems
+    }
 
 
 def _scaling(config: LoraConfig) -> float:
@@ -94,7 +84,9 @@ class Merger:
         self._compute_dtype: torch.dtype = getattr(torch, run.recipe.model.compute_dtype)
         self._device = resolve_device(run.recipe.model.device)
         self._settings = QuantSettings(**run.base_print.quant) if run.base_print.quant else None  # type: ignore[arg-type]
-        stored = stored_tensors(source, build_skeleton(load_config(source)))
+        skeleton = build_skeleton(load_config(source))
+        refuse_other_shape(run.base_print, skeleton)
+        stored = stored_tensors(source, skeleton)
         # Merged tensors keep the names of the base's files: other programs know the model by them.
         self._parameter = {tensor.name: name for name, tensor in stored.items()}
         self._paths = {tensor.name: tensor.path for tensor in stored.values()}

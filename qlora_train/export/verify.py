@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from qlora_train.data.fates import Side
 from qlora_train.data.loader import eval_batches
 from qlora_train.data.split import Split
-from qlora_train.errors import ModelError
+from qlora_train.errors import ModelError, is_out_of_memory
 from qlora_train.evaluate.compare import Distance, distance, observe
 from qlora_train.model.causal import CausalModel
 from qlora_train.model.load import to_float32
@@ -55,6 +55,8 @@ def load_merged(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
             trust_remote_code=False,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise
         raise ModelError(f"{folder} does not load: {error}", fix="export again") from error
     if bad := {key: names for key, names in info.items() if names}:
         raise ModelError(f"{folder} does not load cleanly: {bad}", fix="export again")

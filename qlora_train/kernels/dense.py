@@ -39,9 +39,14 @@ class Workspace:
         return self._buffers[key]
 
     @property
+    def buffers(self) -> list[Tensor]:
+        """The buffers so far."""
+        return list(self._buffers.values())
+
+    @property
     def num_bytes(self) -> int:
         """Memory of the buffers so far."""
-        return sum(buffer.nbytes for buffer in self._buffers.values())
+        return sum(buffer.nbytes for buffer in self.buffers)
 
 
 class FrozenLinear:
@@ -50,7 +55,7 @@ class FrozenLinear:
     def __init__(self, layer: nn.Module, place: str, workspace: Workspace) -> None:
         self._layer = layer
         self._place = place
-        self._workspace = workspace
+        self.workspace = workspace
         self._resident: Tensor | None = None
 
     @property
@@ -59,13 +64,18 @@ class FrozenLinear:
         bias: Tensor | None = getattr(self._layer, "bias", None)
         return bias
 
+    @property
+    def is_quantised(self) -> bool:
+        """Whether the dense weight is made from 4-bit codes."""
+        return isinstance(self._layer.weight, Params4bit)
+
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The weight (O, I) that the layer computes with, in `dtype`; valid until the next weight of its place."""
         if self._resident is not None and self._resident.dtype == dtype:
             return self._resident
         weight = self._layer.weight
         if isinstance(weight, Params4bit):
-            return self._workspace.dense(self._place, weight, dtype)
+            return self.workspace.dense(self._place, weight, dtype)
         assert isinstance(weight, Tensor)
         return weight.to(dtype)
 
@@ -79,3 +89,7 @@ class FrozenLinear:
             self._resident = torch.empty(weight.quant_state.shape, dtype=dtype, device=weight.device)
             dequantize_into(weight, self._resident)
         return 0 if self._resident is None else self._resident.nbytes
+
+    def drop_resident(self) -> None:
+        """Keep no dense copy any more."""
+        self._resident = None

@@ -59,7 +59,7 @@ def lora_linear(x: Tensor, branches: Sequence[Branch], dropout: float = 0.0) -> 
 
 def _keep(x_MI: Tensor, dropout: float, seed: int) -> Tensor:
     """What dropout multiplies x with: 0, or 1 / (1 - p)."""
-    generator = torch.Generator(x_MI.device).manual_seed(seed)
+    generator = None if x_MI.is_meta else torch.Generator(x_MI.device).manual_seed(seed)  # meta draws no values
     return torch.empty_like(x_MI).bernoulli_(1 - dropout, generator=generator).div_(1 - dropout)
 
 

@@ -22,9 +22,14 @@ def available_bytes(device: torch.device, held_bytes: int = 0) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch would use it first
         return int(CUDA_SHARE * (free + held_bytes))
+    return int(HOST_SHARE * (host_free_bytes() + held_bytes))
+
+
+def host_free_bytes() -> int:
+    """What is free on the host, within the limits of this process."""
     free = psutil.virtual_memory().available
     limited = cgroup_free_bytes()
-    return int(HOST_SHARE * ((free if limited is None else min(free, limited)) + held_bytes))
+    return free if limited is None else min(free, limited)
 
 
 def cgroup_free_bytes(root: Path = _CGROUP_ROOT, membership: Path = _MEMBERSHIP) -> int | None:

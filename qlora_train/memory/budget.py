@@ -40,6 +40,7 @@ class Asked:
     every: int = 1  # this and offload: where kind is not auto
     offload: bool = False
     resident_layers: int | Literal["auto"] = "auto"
+    compiled: bool = False  # layers are: operators cannot be watched one by one, which rules selective out
 
 
 @dataclass(frozen=True)
@@ -90,9 +91,9 @@ def choose(costs: Costs, limit_bytes: int, asked: Asked) -> Choice:
     peaks = {policy: predict_peak(costs, policy, least) for policy in _candidates(costs, asked)}
     fitting = [policy for policy, peak in peaks.items() if peak <= limit_bytes]
     if not fitting:
-        leanest = min(peaks, key=lambda policy: (peaks[policy], _rerun_layers(costs, policy)))
+        leanest = min(peaks, key=lambda policy: (peaks[policy], rerun_layers(costs, policy)))
         return Choice(leanest, least, peaks[leanest], fits=False)
-    fastest = min(fitting, key=lambda policy: (_rerun_layers(costs, policy), peaks[policy]))
+    fastest = min(fitting, key=lambda policy: (rerun_layers(costs, policy), peaks[policy]))
     num_resident = least
     if fixed == "auto" and costs.dense_layer_bytes:
         num_resident = min(costs.num_layers, (limit_bytes - peaks[fastest]) // costs.dense_layer_bytes)
@@ -105,10 +106,11 @@ def _candidates(costs: Costs, asked: Asked) -> Iterator[Checkpointing]:
         return
     yield Checkpointing("none")
     for every in range(1, costs.num_layers):
-        yield Checkpointing("selective", every)
+        if not asked.compiled:
+            yield Checkpointing("selective", every)
         yield Checkpointing("full", every)
 
 
-def _rerun_layers(costs: Costs, policy: Checkpointing) -> float:
+def rerun_layers(costs: Costs, policy: Checkpointing) -> float:
     """Forward passes of a layer that a step makes twice."""
     return policy.num_recomputed(costs.num_layers) * RERUN_FRAC[policy.kind]

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from qlora_train.data.loader import MicroBatch
+from qlora_train.adapters.layers import lora_layers
+from qlora_train.data.loader import MicroBatch, collate
+from qlora_train.data.table import TokenRow, TokenTable
 from qlora_train.memory.budget import Costs
-from qlora_train.memory.live import LiveBytes
+from qlora_train.memory.live import LiveBytes, only_new_garbage
 from qlora_train.model.causal import CausalModel
 from qlora_train.model.checkpointing import Kind, decoder_layers, set_layer
-from qlora_train.names import IGNORE_INDEX
-from qlora_train.quant.bnb import linear4bit_modules, packed_parts
+from qlora_train.quant.bnb import linear4bit_modules, packed_tensors
 from qlora_train.quant.moments import optimizer_state_bytes
 
 KINDS: tuple[Kind, ...] = ("none", "selective", "full")
@@ -29,42 +31,43 @@ def trial_batch(num_lines: int, num_tokens: int, row_tokens: int, *, packed: boo
 
     Packs are full of rows of `row_tokens`, the last of a pack maybe shorter; else each line is one row.
     """
-    step = row_tokens if packed else num_tokens
-    starts = [line * num_tokens + first for line in range(num_lines) for first in range(0, num_tokens, step)]
-    lengths = [min(step, num_tokens - start % num_tokens) for start in starts]
-    labels = torch.zeros(num_lines, num_tokens, dtype=torch.int64)
-    labels.view(-1)[starts] = IGNORE_INDEX
-    return MicroBatch(
-        input_ids=torch.zeros_like(labels),
-        labels=labels,
-        num_supervised_tokens=labels.numel() - len(starts),
-        row_ids=tuple(range(len(starts))),
-        row_lengths=tuple(lengths),
-        row_starts=tuple(starts) if packed else None,
-        position_ids=(torch.arange(num_tokens) % step).expand(num_lines, -1).contiguous() if packed else None,
-    )
+    widths = [num_tokens] if not packed else [row_tokens] * (num_tokens // row_tokens)
+    widths += [num_tokens - sum(widths)] if sum(widths) < num_tokens else []
+    rows = [_supervised_row(width) for _ in range(num_lines) for width in widths]
+    lines = [range(first, first + len(widths)) for first in range(0, len(rows), len(widths))]
+    return collate(TokenTable.of_rows(rows), lines, 0, packed=packed)
 
 
-def measure_costs(causal: CausalModel, batch: MicroBatch, optimizer: str) -> Costs:
+def _supervised_row(num_tokens: int) -> TokenRow:
+    spans = 1 if num_tokens > 1 else 0
+    starts, stops = np.ones(spans, dtype=np.int32), np.full(spans, num_tokens, dtype=np.int32)
+    return TokenRow(np.zeros(num_tokens, dtype=np.int32), starts, stops, np.ones(spans, dtype=np.float32))
+
+
+@only_new_garbage()
+def measure_costs(
+    causal: CausalModel, batch: MicroBatch, optimizer: str, tracker: Callable[[], LiveBytes] = LiveBytes
+) -> Costs:
     """Costs of training on micro-batches like this one, which lies on the model's device; all layers as the first.
 
     Runs the first layer four times, its backward pass twice, and the loss head once. Leaves gradients, generators and
-    settings as they were. What a kernel allocates inside itself is not seen: leave room for it.
+    settings as they were. What a kernel allocates inside itself is not seen, unless `tracker` knows of it: leave room.
     """
     layers = decoder_layers(causal.model)
     trainable = [p for p in causal.model.parameters() if p.requires_grad]
     device = batch.input_ids.device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         call = _first_call(causal, layers[0], batch)
-        with LiveBytes() as shared, _run_as(layers[0], "none"):
-            call.run()
+        buffer_bytes = _workspace_bytes(causal.model)
+        with tracker() as shared, _run_as(layers[0], "none"):
+            call.run(tracker)
             gc.collect()
-            shared_bytes = shared.current
+            shared_bytes = shared.current + buffer_bytes
         runs = {}
         for kind in KINDS:
             with _run_as(layers[0], kind):
-                runs[kind] = call.run(backward=kind == "none")
-        head_bytes = _head_bytes(causal, batch)
+                runs[kind] = call.run(tracker, backward=kind == "none")
+        head_bytes = _head_bytes(causal, batch, tracker)
     saved, peak = runs["none"]
     return Costs(
         model_bytes=model_bytes(causal.model) + shared_bytes,
@@ -82,8 +85,14 @@ def model_bytes(model: nn.Module) -> int:
     """Bytes of all parameters, buffers and quantisation statistics, each storage once."""
     tensors = [*model.parameters(), *model.buffers()]
     for _, layer in linear4bit_modules(model):
-        tensors += packed_parts(layer.weight).values()
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+        tensors += packed_tensors(layer.weight)
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def _workspace_bytes(model: nn.Module) -> int:
+    """Buffers of dense weights that the fused layers share already."""
+    workspaces = {layer.frozen.workspace for layer in lora_layers(model).values() if layer.frozen is not None}
+    return sum(workspace.num_bytes for workspace in workspaces)
 
 
 @dataclass(frozen=True)
@@ -95,14 +104,14 @@ class _Call:
     rest: tuple[Any, ...]
     kwargs: dict[str, Any]
 
-    def run(self, *, backward: bool = True) -> tuple[int, int]:
+    def run(self, tracker: Callable[[], LiveBytes], *, backward: bool = True) -> tuple[int, int]:
         """Bytes held after the forward pass, and the most held through both; the gradient that comes in counts there.
 
         The input does not count, the output does: it is the next layer's input.
         """
         hidden = self.hidden.detach().clone().requires_grad_()
         inputs = [hidden, *(p for p in self.layer.parameters() if p.requires_grad)]
-        with LiveBytes() as live:
+        with tracker() as live:
             grad = torch.ones_like(hidden)
             out = self.layer(hidden, *self.rest, **self.kwargs)
             out = out[0] if isinstance(out, tuple) else out
@@ -150,18 +159,12 @@ def _run_as(layer: GradientCheckpointingLayer, kind: Kind) -> Iterator[None]:
         layer.gradient_checkpointing, layer._gradient_checkpointing_func = enabled, function
 
 
-class _HeadOnly(CausalModel):
-    """The loss on zeros in place of what the decoder gives."""
-
-    def hidden(self, batch: MicroBatch) -> Tensor:
-        weight = self.head.weight_VH
-        shape = (*batch.input_ids.shape, weight.shape[1])
-        return torch.zeros(shape, dtype=weight.dtype, device=weight.device, requires_grad=True)
-
-
-def _head_bytes(causal: CausalModel, batch: MicroBatch) -> int:
-    with LiveBytes() as live:
-        _HeadOnly(causal.model).loss_sum(batch).backward()
+def _head_bytes(causal: CausalModel, batch: MicroBatch, tracker: Callable[[], LiveBytes]) -> int:
+    weight = causal.head.weight_VH
+    shape = (*batch.input_ids.shape, weight.shape[1])
+    hidden_BTH = torch.zeros(shape, dtype=weight.dtype, device=weight.device, requires_grad=True)
+    with tracker() as live:
+        causal.loss_of(hidden_BTH, batch).backward()
     return live.peak
 
 

@@ -57,6 +57,7 @@ class RowBoundaries:
     lengths: tuple[int, ...]
     num_positions: int  # B * T
     device: torch.device
+    kernel: bool | None = None  # whether torch's varlen kernel runs; None: as this device has it (meta tensors ask)
     _biases: dict[tuple[int, int, torch.dtype], Tensor] = field(default_factory=dict)
 
     @cached_property
@@ -110,8 +111,10 @@ class RowBoundaries:
         return self._biases[length, window, dtype]
 
 
-def run_packed(decoder: Any, batch: MicroBatch) -> Tensor:
+def run_packed(decoder: Any, batch: MicroBatch, *, kernel: bool | None = None) -> Tensor:
     """The last hidden state (B, T, hidden) of a decoder on packs, with no dense mask built.
+
+    `kernel` says whether to run as a CUDA device with torch's varlen kernel would; None: as this device does.
 
     transformers hands a mask of four dimensions on as it is (masking_utils._preprocess_mask_arguments), where it would
     make a block mask of T x T from the position ids otherwise. One element tells our function, too, that boundaries
@@ -126,7 +129,7 @@ def run_packed(decoder: Any, batch: MicroBatch) -> Tensor:
         position_ids=batch.position_ids,
         attention_mask=torch.ones((1, 1, 1, 1), dtype=torch.bool, device=ids.device),
         use_cache=False,
-        row_boundaries=RowBoundaries(batch.row_starts, batch.row_lengths, ids.numel(), ids.device),
+        row_boundaries=RowBoundaries(batch.row_starts, batch.row_lengths, ids.numel(), ids.device, kernel),
     ).last_hidden_state
     return hidden
 
@@ -160,7 +163,8 @@ def row_attention(
         raise _unpackable(f"{type(module).__name__} asks for {', '.join(unknown) or 'attention dropout'}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))  # (B * T, heads, D)
-    if _has_kernel(query, value) and not softcap:
+    has_kernel = _has_kernel(query) if row_boundaries.kernel is None else row_boundaries.kernel
+    if has_kernel and _suits_kernel(query, value) and not softcap:
         out = _by_varlen(q, k, v, row_boundaries, scale, window)
     else:
         out = _by_buckets(q, k, v, row_boundaries, scale, window, softcap)
@@ -217,16 +221,16 @@ def _delegated(
     return (scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value).transpose(1, 2).contiguous(), None
 
 
-def _has_kernel(query: Tensor, value: Tensor) -> bool:
+def _has_kernel(query: Tensor) -> bool:
+    """Whether torch's varlen_attn runs on this device."""
+    return query.is_cuda and torch.cuda.get_device_capability(query.device) >= (8, 0)
+
+
+def _suits_kernel(query: Tensor, value: Tensor) -> bool:
     """Whether torch's varlen_attn takes these: half precision, head dims as flash attention 2 has them."""
     head_dim = query.shape[-1]
-    return (
-        query.is_cuda
-        and query.dtype in (torch.bfloat16, torch.float16)
-        and head_dim == value.shape[-1] <= 256
-        and head_dim % 8 == 0
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
-    )
+    in_half = query.dtype in (torch.bfloat16, torch.float16)
+    return in_half and head_dim == value.shape[-1] <= 256 and head_dim % 8 == 0
 
 
 def _by_varlen(q: Tensor, k: Tensor, v: Tensor, rows: RowBoundaries, scale: float, window: int) -> Tensor:

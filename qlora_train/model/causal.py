@@ -40,6 +40,8 @@ class CausalModel:
     `model` keeps its own modules; the decoder is run alone, so that logits of unsupervised positions never exist.
     """
 
+    loss_sizes: tuple[int, int] | None = None  # tokens of the loss head's chunks and blocks; None: as the device has it
+
     def __init__(self, model: Any) -> None:
         self.model = model
         inner = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -58,9 +60,12 @@ class CausalModel:
 
         Each token counts as often as it weighs; divide by the `weight_sum` of all that belongs together.
         """
-        hidden_BTH = self.hidden(batch)
+        return self.loss_of(self.hidden(batch), batch)
+
+    def loss_of(self, hidden_BTH: Tensor, batch: MicroBatch) -> Tensor:
+        """As `loss_sum`, from the decoder's last hidden state."""
         targets = batch.labels[:, 1:]
-        supervised = targets != IGNORE_INDEX
+        supervised = self._supervised(batch)
         return linear_cross_entropy_sum(
             hidden_BTH[:, :-1][supervised],
             self.head.weight_VH,
@@ -68,7 +73,12 @@ class CausalModel:
             bias_V=self.head.bias_V,
             weights_N=None if batch.weights is None else batch.weights[:, 1:][supervised],
             softcap=self.head.softcap,
+            sizes=self.loss_sizes,
         )
+
+    def _supervised(self, batch: MicroBatch) -> Any:
+        """What picks the supervised positions out of (B, T - 1): a mask."""
+        return batch.labels[:, 1:] != IGNORE_INDEX
 
     def hidden(self, batch: MicroBatch) -> Tensor:
         """The decoder's last hidden state (B, T, H); of no meaning where there is padding.

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
-from qlora_train.errors import MachineError, ModelError
+from qlora_train.errors import MachineError, ModelError, OutOfMemory, is_out_of_memory
 from qlora_train.model.attention import ATTENTION_NAME
-from qlora_train.model.files import stored_tensors
+from qlora_train.model.files import StoredTensor, count_not_finite, stored_tensors
 from qlora_train.model.skeleton import build_skeleton, check_shapes, head_name, load_config
 from qlora_train.model.source import Source
 from qlora_train.quant.bnb import QuantSettings, forbid_cpu_repacking, linear4bit_modules, set_compute_dtype
@@ -70,16 +70,16 @@ def resolve_device(name: str) -> torch.device:
 
 
 @contextmanager
-def memory_advice() -> Iterator[None]:
-    """Turn an out-of-memory error of the device into advice, in order of saving per lost speed."""
+def memory_advice(first: str = "") -> Iterator[None]:
+    """OutOfMemory where memory runs out in the block and no plan is at hand; `first`: what to try before all else."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise MachineError(
-            f"the device is out of memory: {str(error).splitlines()[0]}",
-            fix="lower train.micro_batch_size (raise grad_accum_steps by as much), set train.checkpointing: full, "
-            "lower eval.batch_size, data.seq_len or adapter.r; checkpoints are intact",
-        ) from error
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        message = (str(error).strip() or type(error).__name__).splitlines()[0]
+        plan = "`qlora-train plan RECIPE` shows what takes the memory, and what to change"
+        raise OutOfMemory(f"out of memory: {message}", fix=f"{first}; {plan}" if first else plan) from error
 
 
 def resolve_attention(name: str, device: torch.device, seq_len: int, batching: str) -> str:
@@ -111,7 +111,8 @@ def load_base(
     """
     config = load_config(source)
     skeleton = build_skeleton(config)
-    stored_tensors(source, skeleton)  # refuses, before hours of training, what could not be exported after them
+    # Refuses, before hours of training, what could not be exported after them.
+    stored = stored_tensors(source, skeleton)
     quantised = quant.quant_type != "none"
     if quantised and device.type == "cpu":
         check_shapes(skeleton, quant.block_size)
@@ -131,11 +132,12 @@ def load_base(
             llm_int8_skip_modules=[head_name(skeleton), *quant.skip_modules],
         )
     try:
-        with memory_advice():
-            model, info = AutoModelForCausalLM.from_pretrained(
-                str(source.folder), config=config, use_safetensors=True, output_loading_info=True, **kwargs
-            )
+        model, info = AutoModelForCausalLM.from_pretrained(
+            str(source.folder), config=config, use_safetensors=True, output_loading_info=True, **kwargs
+        )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise
         raise ModelError(f"{source.name}: the weights do not load: {error}", fix="download the model again") from error
     _check_complete(source, info)
     forbid_cpu_repacking(model)
@@ -145,6 +147,7 @@ def load_base(
     base_print = print_base(model)
     tables = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
     embeddings = {name for name, parameter in model.named_parameters() if id(parameter) in tables}
+    _check_finite(source, base_print, stored, compute_dtype)
     _check_print(source, base_print, quant if quantised else None, embeddings)
     return Base(model, source, base_print, device, compute_dtype)
 
@@ -158,12 +161,23 @@ def _check_complete(source: Source, info: dict[str, Any]) -> None:
             )
 
 
+def _check_finite(
+    source: Source, base_print: BasePrint, stored: dict[str, StoredTensor], compute_dtype: torch.dtype
+) -> None:
+    """ModelError with name and counts of the first tensor that holds NaN or infinity: one value spoils a block."""
+    bad = [name for name, tensor in base_print.tensors.items() if not tensor.finite]
+    if not bad:
+        return
+    num_nan, num_infinite = count_not_finite(stored[bad[0]], compute_dtype) if bad[0] in stored else (0, 0)
+    raise ModelError(
+        f"{source.name}: {len(bad)} tensors hold NaN or infinity, first {bad[0]} ({num_nan:,} NaN, {num_infinite:,} "
+        "infinite)",
+        fix="download the model again",
+    )
+
+
 def _check_print(source: Source, base_print: BasePrint, quant: QuantSection | None, embeddings: set[str]) -> None:
-    """What was loaded is finite, and quantised as the recipe says, nearly all of it."""
-    if bad := [name for name, tensor in base_print.tensors.items() if not tensor.finite]:
-        raise ModelError(
-            f"{source.name}: {len(bad)} tensors hold NaN or infinity, first {bad[0]}", fix="download the model again"
-        )
+    """What was loaded is quantised as the recipe says, nearly all of it."""
     if quant is None:
         return
     wanted = QuantSettings(quant.quant_type, quant.double_quant, quant.block_size, quant.storage_dtype)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -16,24 +18,39 @@ from qlora_train.errors import ModelError
 from qlora_train.model.source import Source
 from qlora_train.quant.bnb import cpu_width_multiple
 
+MAX_LAYERS = 1000  # a skeleton is built of as many; the largest models have 130
+
 
 def load_config(source: Source) -> Any:
-    """The model's transformers config."""
+    """The model's transformers config. ModelError for one that makes no sense, or asks for more layers than any has."""
     try:
-        return AutoConfig.from_pretrained(str(source.folder), trust_remote_code=False)
-    except (ValueError, KeyError, OSError) as error:
+        config = AutoConfig.from_pretrained(str(source.folder), trust_remote_code=False)
+        num_layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    except Exception as error:  # transformers computes with what stands there: anything may come of it
         raise ModelError(
-            f"{source.name}: config.json is not usable: {error}", fix="use a complete model folder"
+            f"{source.name}: config.json is not usable: {_reason(error)}", fix="use a complete model folder"
         ) from error
+    if type(num_layers) is not int or num_layers > MAX_LAYERS:
+        raise ModelError(
+            f"{source.name}: config.json asks for {num_layers!r} layers; the limit is {MAX_LAYERS:,}",
+            fix="use a complete model folder",
+        )
+    return config
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what a library says, with its kind where that alone tells what it is."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if isinstance(error, ValueError | OSError) and lines else f"{type(error).__name__}: {error}"
 
 
 def load_tokenizer(source: Source, chat_template: Path | None = None) -> Any:
     """The model's fast tokenizer, with the recipe's chat template in place of its own where one is given."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(source.folder), trust_remote_code=False)
-    except (ValueError, KeyError, OSError) as error:
+    except Exception as error:  # a tokenizer of another make fails in ways of its own
         raise ModelError(
-            f"{source.name}: the tokenizer does not load: {str(error).splitlines()[0]}",
+            f"{source.name}: the tokenizer does not load: {_reason(error)}",
             fix="add the model's tokenizer.json and tokenizer_config.json",
         ) from error
     if tokenizer.eos_token_id is None:
@@ -46,18 +63,38 @@ def load_tokenizer(source: Source, chat_template: Path | None = None) -> Any:
     return tokenizer
 
 
-def build_skeleton(config: Any) -> nn.Module:
-    """The model on the meta device: every module, no memory."""
+def template_digest(tokenizer: Any) -> str:
+    """SHA-256 of the chat template, wherever it comes from: a file has other line ends than a string may have."""
+    template = tokenizer.chat_template
+    lines = template.replace("\r\n", "\n").replace("\r", "\n") if isinstance(template, str) else template
+    return hashlib.sha256(json.dumps(lines).encode()).hexdigest()
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """SHA-256 of what turns text into ids: vocabulary, merges, normalisation, added and special tokens."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    for passing in ("padding", "truncation"):  # of the last call
+        backend.pop(passing, None)
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if name != "pad_token"}
+    return hashlib.sha256(json.dumps([backend, special], sort_keys=True).encode()).hexdigest()
+
+
+def build_skeleton(config: Any, **settings: Any) -> nn.Module:
+    """The model on the meta device: every module, no memory. `settings` are those of transformers' `from_config`."""
     if hasattr(config, "vision_config"):
         raise ModelError(
             f"{config.model_type} models also see images, which this trainer does not", fix="use a text model"
         )
     try:
         with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **settings)
     except ValueError as error:
         raise ModelError(
             f"transformers has no causal language model for model_type {config.model_type!r}", fix="use a decoder model"
+        ) from error
+    except Exception as error:  # sizes that do not go together
+        raise ModelError(
+            f"config.json describes no model that can be built: {_reason(error)}", fix="use a complete model folder"
         ) from error
     return model
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import json
+import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,21 @@ from transformers import CONFIG_MAPPING
 
 from qlora_train.artifacts import cache_dir, manifest_faults, publishing, sha256_file
 from qlora_train.errors import MachineError, ModelError, SecurityError
+from qlora_train.model.gguf_header import check_gguf
 from qlora_train.recipe.schema import ModelSection
+from qlora_train.untrusted import read_json_object, refuse_links_out, refuse_pickles
 
 PACKAGE_PREFIX = "package:"
 GGUF_SUFFIX = ".gguf"
 # Part of the cache key: raise it when the conversion changes.
-GGUF_CONVERSION = 1
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+GGUF_CONVERSION = 2
+ADAPTER_CONFIG = "adapter_config.json"
+MAX_TOKENIZER_BYTES = 256 * 2**20  # the largest in use have 35 MB
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "chat_template.jinja", "generation_config.json"),
+)
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
 
@@ -39,16 +48,22 @@ def resolve_source(section: ModelSection, *, weights: bool = True) -> Source:
     Raises ModelError when nothing is there, SecurityError when it would need pickle or code from the model's folder.
     """
     if section.path.startswith(PACKAGE_PREFIX):
-        source = _from_path(section.path, _package_file(section.path))
+        source = _from_path(section.path, package_file(section.path))
     elif section.path.startswith("/"):
         source = _from_path(section.path, Path(section.path))
     else:
         source = _from_hub(section, weights)
-    _check_folder(source, weights)
+    config = check_model_folder(source, weights=weights)
+    if (quantised := config.get("quantization_config")) is not None:
+        method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else "unknown"
+        raise ModelError(
+            f"{source.name} is already quantised ({str(method)[:40]}): training needs the weights it was made from",
+            fix="use the 16-bit model; it is quantised while loading and never held whole in 16 bit",
+        )
     return source
 
 
-def _package_file(path: str) -> Path:
+def package_file(path: str) -> Path:
     """The file that `package:NAME/FILE` names."""
     package, _, file = path.removeprefix(PACKAGE_PREFIX).partition("/")
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
@@ -87,17 +102,23 @@ def _dequantised_gguf(path: Path, digest: str) -> Path:
         if faults := manifest_faults(folder):
             raise ModelError(f"the cached model {folder} is damaged: {'; '.join(faults)}", fix=f"rm -r {folder}")
         return folder
+    check_gguf(path)
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    place: dict[str, Any] = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    place: dict[str, Any] = {
+        "pretrained_model_name_or_path": str(path.parent),
+        "gguf_file": path.name,
+        "trust_remote_code": False,
+    }
     try:
         tokenizer = AutoTokenizer.from_pretrained(**place)
         model = AutoModelForCausalLM.from_pretrained(
             **place, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
         )
-    except (ValueError, KeyError, OSError, RuntimeError) as error:
+    except Exception as error:  # the readers of transformers and gguf raise whatever their first surprise raises
         raise ModelError(
-            f"model.path: {path} could not be read as GGUF: {error}", fix="use a file of another kind"
+            f"model.path: {path} could not be read as GGUF: {type(error).__name__}: {error}",
+            fix="use a file of another kind",
         ) from error
     try:
         with publishing(folder, manifest={"source": path.name, "source_sha256": digest}) as temporary:
@@ -125,31 +146,78 @@ def _from_hub(section: ModelSection, weights: bool) -> Source:
     return Source(section.path, folder, commit=folder.name)
 
 
-def _check_folder(source: Source, weights: bool) -> None:
-    """Refuse what is incomplete, what needs pickle, and what asks to run its own code."""
-    config_file = source.folder / "config.json"
-    try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+def check_model_folder(source: Source, *, weights: bool) -> dict[str, Any]:
+    """Refuse what is incomplete, what needs pickle, what leads out of the folder, and what asks to run its own code.
+
+    The content of config.json. Raises ModelError for the first, SecurityError for the others. Reads JSON only.
+    """
+    folder = source.folder
+    if not (folder / "config.json").exists() and not (folder / ADAPTER_CONFIG).exists():
+        raise ModelError(f"{folder} holds no config.json", fix="name the folder that save_pretrained wrote")
+    refuse_links_out(folder)
+    if (folder / ADAPTER_CONFIG).exists():
+        # transformers 5.23 would put such an adapter on the base without a word, or load the base that it names.
         raise ModelError(
-            f"{source.folder} holds no readable config.json: {error}", fix="name the folder that save_pretrained wrote"
-        ) from error
+            f"{folder} holds an adapter ({ADAPTER_CONFIG}), not a base alone",
+            fix="name the base in model.path and the adapter in adapter.init_from",
+        )
+    config = read_json_object(folder / "config.json")
     if "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING:
         raise SecurityError(
             f"{source.name} asks to run code from its own folder (auto_map in config.json)",
             fix="use a model that transformers implements itself",
         )
-    if config.get("quantization_config") is not None:
-        method = config["quantization_config"].get("quant_method", "unknown")
-        raise ModelError(
-            f"{source.name} is already quantised ({method}): training needs the weights it was made from",
-            fix="use the 16-bit model; it is quantised while loading and never held whole in 16 bit",
-        )
-    if weights and not any(source.folder.glob("*.safetensors")):
-        pickles = sorted(p.name for p in source.folder.iterdir() if p.suffix in PICKLE_SUFFIXES)
-        if pickles:
+    if config.get("transformers_weights") is not None:
+        raise ModelError(f"{folder / 'config.json'} names its weights itself (transformers_weights)", fix="remove it")
+    _check_tokenizer_files(source)
+    _check_generation_config(source)
+    if weights and not any(folder.glob("*.safetensors")):
+        refuse_pickles(sorted(folder.iterdir()), source.name)
+        raise ModelError(f"{folder} holds no *.safetensors", fix="name a folder with weights")
+    return config
+
+
+def _check_generation_config(source: Source) -> None:
+    """What export reads of it, and generation stops at."""
+    path = source.folder / "generation_config.json"
+    if not path.exists():
+        return
+    ends = read_json_object(path).get("eos_token_id")
+    if ends is not None and not all(type(end) is int for end in (ends if isinstance(ends, list) else [ends])):
+        raise ModelError(f"{path}: eos_token_id must be a number or a list of numbers", fix="restore the file")
+
+
+def _check_tokenizer_files(source: Source) -> None:
+    """Files that only the tokenizer's own code could read, or that are larger than any tokenizer."""
+    path = source.folder / "tokenizer_config.json"
+    if path.exists():
+        settings = read_json_object(path)
+        own_code = isinstance(settings.get("auto_map"), dict) and "AutoTokenizer" in settings["auto_map"]
+        if own_code and not (source.folder / "tokenizer.json").is_file():
             raise SecurityError(
-                f"{source.name} holds pickle weights only ({pickles[0]}), which can run code when loaded",
-                fix="convert it to safetensors in a place you trust",
+                f"{source.name} asks to run code from its own folder (auto_map in tokenizer_config.json)",
+                fix="use a model with a tokenizer.json",
             )
-        raise ModelError(f"{source.folder} holds no *.safetensors", fix="name a folder with weights")
+    for name in TOKENIZER_FILES:
+        path = source.folder / name
+        if path.is_file() and (size := path.stat().st_size) > MAX_TOKENIZER_BYTES:
+            raise ModelError(
+                f"{path} is {size:,} bytes long; the limit is {MAX_TOKENIZER_BYTES:,}", fix="restore the file"
+            )
+        if path.exists() and not path.is_file():
+            raise ModelError(f"{path} is no regular file", fix="put the file itself there")
+
+
+def verify_download(source: Source) -> None:
+    """Hold the weights of a hub id against the names of their files in the cache, which are their SHA-256.
+
+    ModelError with the command that removes a damaged one. Cost: one read of every byte. The hub client does not do so
+    (huggingface_hub#3643). Files that are kept otherwise, as in a plain folder, have no such name and are passed over.
+    """
+    for path in sorted(source.folder.glob("*.safetensors")):
+        blob = path.resolve()
+        if blob.parent.name == "blobs" and _SHA256.fullmatch(blob.name) and sha256_file(blob) != blob.name:
+            raise ModelError(
+                f"{path} is damaged: the SHA-256 of its bytes is not {blob.name[:16]}..., by which the hub knows it",
+                fix=f"rm {shlex.quote(str(path))} {shlex.quote(str(blob))} and start again: it is downloaded anew",
+            )

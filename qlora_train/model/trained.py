@@ -10,16 +10,19 @@ from typing import Any
 from peft import PeftModel
 
 from qlora_train.adapters.attach import load_adapter
-from qlora_train.artifacts import RunDir, manifest_faults, read_json
+from qlora_train.artifacts import RunDir, read_json
 from qlora_train.data.fates import Side
 from qlora_train.data.split import Split, load_split
 from qlora_train.errors import DataError, ModelError
+from qlora_train.model.binding import check_published, read_base, read_binding, refuse_changed_recipe, refuse_other_base
 from qlora_train.model.load import Base, add_end_tokens, load_recipe_base
-from qlora_train.model.skeleton import load_tokenizer
+from qlora_train.model.skeleton import load_tokenizer, template_digest, tokenizer_digest
 from qlora_train.model.source import Source, resolve_source
 from qlora_train.quant.fingerprint import BasePrint
 from qlora_train.recipe.load import load_resolved, with_overrides
 from qlora_train.recipe.schema import Recipe
+
+_NAMES = {"tokenizer": "tokenizer", "template": "chat template"}
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class FinishedRun:
     recipe: Recipe
     base_print: BasePrint
     commit: str | None  # of a hub id, as it was trained on
+    binding: dict[str, Any]  # what the adapter belongs to, from its manifest
 
     def source(self) -> Source:
         """The base's folder, at the commit that was trained on."""
@@ -37,9 +41,21 @@ class FinishedRun:
         return resolve_source(section.model_copy(update={"revision": self.commit or section.revision}))
 
     def tokenizer(self, source: Source) -> Any:
-        """The tokenizer with the chat template that was trained with, which the run folder keeps."""
+        """The tokenizer with the chat template that was trained with, which the run folder keeps.
+
+        ModelError when either is not the one of the training.
+        """
         template = self.run_dir.chat_template
-        return load_tokenizer(source, template if template.is_file() else None)
+        tokenizer = load_tokenizer(source, template if template.is_file() else None)
+        digests = {"tokenizer": tokenizer_digest(tokenizer), "template": template_digest(tokenizer)}
+        for name, here in digests.items():
+            if here != (then := self.binding.get(name)):
+                where = self.run_dir.chat_template if name == "template" else source.name
+                raise ModelError(
+                    f"{where}: the {_NAMES[name]} is {here[:16]}, and the adapter was trained with {str(then)[:16]}",
+                    fix=f"restore the {_NAMES[name]} of the training",
+                )
+        return tokenizer
 
     def load_split(self, side: Side, tokenizer: Any, **changes: Any) -> Split:
         """Rows of the recipe, with `changes` to its data section. DataError where held-out rows cannot be told again.
@@ -87,13 +103,20 @@ def open_run(folder: Path, overrides: Sequence[str] = (), *, sections: Sequence[
         )
     if not run_dir.adapter.is_dir():
         raise ModelError(f"{folder} holds no finished adapter yet", fix="finish it: qlora-train train RECIPE --resume")
-    if faults := manifest_faults(run_dir.adapter):
-        raise ModelError(f"{run_dir.adapter}: {'; '.join(faults)}", fix="restore the folder, or train again")
-    recipe = with_overrides(load_resolved(run_dir.recipe), overrides, sections)
+    check_published(run_dir.adapter)
+    stored, binding = load_resolved(run_dir.recipe), read_binding(run_dir.adapter)
+    refuse_changed_recipe(run_dir, stored, binding)
+    recipe = with_overrides(stored, overrides, sections)
     if recipe.data.eval and recipe.data.split is not None:  # held-out rows of its own, named for this occasion
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"split": None})})
-    base = read_json(run_dir.base)
-    return FinishedRun(run_dir, recipe, BasePrint.from_dict(base), base["source"]["commit"])
+    base_print, commit = read_base(run_dir)
+    if base_print.digest != binding.get("base"):
+        raise ModelError(
+            f"{run_dir.base} describes the base {base_print.digest[:16]}, and the adapter was trained on "
+            f"{str(binding.get('base'))[:16]}",
+            fix="restore the run folder as it was",
+        )
+    return FinishedRun(run_dir, recipe, base_print, commit, binding)
 
 
 def load_trained(run: FinishedRun) -> Trained:
@@ -113,16 +136,3 @@ MEASURED_ON = tuple(
     f"data.{key}"
     for key in ("eval", "max_eval_rows", "format", "columns", "seq_len", "overlong", "bad_rows", "max_lost_frac")
 )
-
-
-def refuse_other_base(trained_on: BasePrint, here: BasePrint) -> None:
-    """ModelError naming the first differing tensor when a base is not the one an adapter was trained on."""
-    if trained_on.digest == here.digest:
-        return
-    names = sorted(set(trained_on.tensors) | set(here.tensors))
-    differing = [n for n in names if trained_on.tensors.get(n) != here.tensors.get(n)]
-    raise ModelError(
-        f"the adapter was trained on base {trained_on.digest[:16]}, this base is {here.digest[:16]}: "
-        f"{len(differing)} of {len(names)} tensors differ, first {differing[0] if differing else names[0]}",
-        fix="use the model, quantisation and kind of device of the run (quantisers may differ between CPU and GPU)",
-    )

@@ -10,10 +10,14 @@ from dataclasses import dataclass
 import bitsandbytes as bnb
 import torch
 from bitsandbytes.cextension import lib as native
+from bitsandbytes.functional import QuantState
 from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import Tensor, nn
 
 __all__ = ["Linear4bit", "Params4bit"]
+
+NESTED_BLOCK_SIZE = 256  # absmax values that share a statistic of their own; fixed in bitsandbytes
+_NESTED_CODE = torch.empty(256, device="meta")  # bitsandbytes has one table for all
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,57 @@ def quantize(weight_OI: Tensor, settings: QuantSettings) -> Params4bit:
         quant_storage=getattr(torch, settings.storage_dtype),
     )
     return weight.to(weight_OI.device)
+
+
+def meta_linear4bit(layer: nn.Linear, settings: QuantSettings) -> Linear4bit:
+    """The 4-bit layer that loading makes of a linear layer, on the meta device: every tensor's size, and no value.
+
+    bitsandbytes cannot quantise a meta tensor where statistics are quantised too (it reads them). The sizes are those
+    of `quantize`: tests/unit/quant/test_meta.py.
+    """
+    dtype = layer.weight.dtype
+    made = Linear4bit(
+        layer.in_features, layer.out_features, bias=layer.bias is not None, compute_dtype=dtype, device="meta"
+    )
+    storage_dtype: torch.dtype = getattr(torch, settings.storage_dtype)
+    num_packed = (layer.weight.numel() + 1) // (2 * storage_dtype.itemsize)
+    made.weight = Params4bit(
+        torch.empty(num_packed, 1, dtype=storage_dtype, device="meta"),
+        quant_state=_meta_state(layer.weight.shape, settings, dtype),
+        blocksize=settings.block_size,
+        compress_statistics=settings.double_quant,
+        quant_type=settings.quant_type,
+        quant_storage=storage_dtype,
+        bnb_quantized=True,
+    )
+    if layer.bias is not None:
+        made.bias = layer.bias
+    return made
+
+
+def _meta_state(shape: torch.Size, settings: QuantSettings, dtype: torch.dtype) -> QuantState:
+    def empty(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(sizes, dtype=dtype, device="meta")
+
+    num_blocks = math.ceil(math.prod(shape) / settings.block_size)
+    nested: dict[str, object] = {}
+    if settings.double_quant:
+        statistics = QuantState(
+            absmax=empty(math.ceil(num_blocks / NESTED_BLOCK_SIZE)),
+            code=_NESTED_CODE,
+            blocksize=NESTED_BLOCK_SIZE,
+            dtype=torch.float32,
+        )
+        nested = {"offset": empty(), "state2": statistics}
+    return QuantState(
+        absmax=empty(num_blocks, dtype=torch.uint8 if settings.double_quant else torch.float32),
+        shape=shape,
+        code=empty(16),
+        blocksize=settings.block_size,
+        quant_type=settings.quant_type,
+        dtype=dtype,
+        **nested,
+    )
 
 
 def dequantize(weight: Params4bit) -> Tensor:
@@ -154,6 +209,13 @@ def packed_parts(weight: Params4bit) -> dict[str, Tensor]:
     if state.nested:
         parts |= {"absmax_of_absmax": state.state2.absmax, "offset": state.offset}
     return parts
+
+
+def packed_tensors(weight: Params4bit) -> list[Tensor]:
+    """Every tensor that a 4-bit weight holds on its device: `packed_parts`, and the tables of what codes stand for."""
+    state = weight.quant_state
+    tables = [state.code, state.state2.code] if state.nested else [state.code]
+    return [*packed_parts(weight).values(), *tables]
 
 
 def set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
 
-from qlora_train.quant.bnb import Params4bit, packed_parts, settings_of
+from qlora_train.quant.bnb import Params4bit, QuantSettings, packed_parts, settings_of
+
+QUANT_TYPES = ("nf4", "fp4")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,18 @@ class TensorPrint:
     def num_params(self) -> int:
         """Weights, however few bits each takes."""
         return math.prod(self.shape)
+
+    def is_sound(self) -> bool:
+        """Whether every field has its type, and dtype a name that torch or the quantiser knows."""
+        types = (str, str, int, bool, bool)
+        values = (self.sha256, self.dtype, self.num_bytes, self.quantised, self.finite)
+        if [type(value) for value in values] != [*types] or not all(type(s) is int and s >= 0 for s in self.shape):
+            return False
+        if not _SHA256.fullmatch(self.sha256):
+            return False
+        if self.quantised:
+            return self.dtype in QUANT_TYPES
+        return isinstance(getattr(torch, self.dtype, None), torch.dtype)
 
 
 @dataclass(frozen=True)
@@ -54,10 +70,15 @@ class BasePrint:
 
     @classmethod
     def from_dict(cls, data: dict[str, object]) -> BasePrint:
-        """The inverse of `as_dict`."""
+        """The inverse of `as_dict`. KeyError, TypeError or ValueError for data that it did not make."""
         tensors: dict[str, dict[str, object]] = json.loads(json.dumps(data["tensors"]))
         prints = {k: TensorPrint(**{**v, "shape": tuple(v["shape"])}) for k, v in tensors.items()}  # type: ignore[arg-type]
-        return cls(prints, dict(data["quant"]))  # type: ignore[call-overload]
+        quant = dict(data["quant"])  # type: ignore[call-overload]
+        if odd := [name for name, tensor in prints.items() if not name.isascii() or not tensor.is_sound()]:
+            raise ValueError(f"{odd[0]!a} is described in a way that no tensor is")
+        if quant:
+            QuantSettings(**quant)
+        return cls(prints, quant)
 
 
 def hash_tensors(*tensors: Tensor) -> str:

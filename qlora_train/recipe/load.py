@@ -20,6 +20,7 @@ from qlora_train.recipe.schema import Recipe, Section
 from qlora_train.recipe.validate import KEYS, advise_key, advise_section, cross_check, near_files
 
 COMMAND_LINE = "command line"
+VERSION_KEY, SCHEMA_VERSION = "version", 1  # of what the keys of a recipe mean
 MAX_ADVICE = 100  # problems; finding near names takes a millisecond or more for each
 
 
@@ -62,8 +63,11 @@ class _Draft:
         self.problems.append(Problem(what, fix, where))
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
-    """The recipe of a file with `section.key=value` overrides; one RecipeError lists everything that is wrong."""
+def load_recipe(path: Path, overrides: Sequence[str] = (), *, with_data: bool = True) -> LoadedRecipe:
+    """The recipe of a file with `section.key=value` overrides; one RecipeError lists everything that is wrong.
+
+    `with_data=False` lets the files of rows be absent.
+    """
     file = Path(os.path.normpath(path.absolute()))
     source = _display(path, file)
     draft = _read(file, source, file.parent)
@@ -75,7 +79,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
         for key in keys
     }
     partial = Recipe.model_construct(**cast(dict[str, Any], sections))
-    draft.problems += cross_check(partial, origins, unparsed=KEYS.keys() - sections.keys())
+    draft.problems += cross_check(partial, origins, unparsed=KEYS.keys() - sections.keys(), with_data=with_data)
     _raise_if_any(draft.problems)
     return LoadedRecipe(Recipe(**cast(dict[str, Any], sections)), file, origins)
 
@@ -114,6 +118,7 @@ def recipe_as_dict(recipe: Recipe) -> dict[str, object]:
 def resolved_yaml(loaded: LoadedRecipe) -> str:
     """Every key with its value, and behind it where the value came from; `load_resolved` reads it back."""
     lines = ["# Every key of the recipe, with its value and where the value came from. Paths are absolute."]
+    lines.append(f"{VERSION_KEY}: {SCHEMA_VERSION}")
     for section, values in cast(dict[str, dict[str, object]], recipe_as_dict(loaded.recipe)).items():
         lines.append(f"{section}:")
         for key, value in values.items():
@@ -143,6 +148,8 @@ def _read(file: Path, source: str, folder: Path | None) -> _Draft:
     raw = _read_bytes(file, source)
     root, problems = reader.parse(reader.decode(raw, source), source)
     draft = _Draft({}, set(), {}, problems)
+    if root is not None and isinstance(root.value, dict):
+        _check_version(root.value.pop(VERSION_KEY, None), source)
     if root is None or not isinstance(root.value, dict):
         what = "the file is empty" if root is None else f"a recipe is a mapping of sections, not {_kind(root)}"
         place = f"{source}:1:1" if root is None else f"{source}:{root.line}:{root.column}"
@@ -150,6 +157,22 @@ def _read(file: Path, source: str, folder: Path | None) -> _Draft:
     for name, (key, value) in root.value.items():
         _read_section(draft, name, key, value, _Setting(value, source, key.line, folder), set(root.value))
     return draft
+
+
+def _check_version(given: tuple[Node, Node] | None, source: str) -> None:
+    """A recipe may say which schema it is written in; one that is newer than this build means things unknown to it."""
+    if given is None:
+        return
+    _, version = given
+    known = version.value if type(version.value) is int else 0
+    if known == SCHEMA_VERSION:
+        return
+    rewrite = f"write {VERSION_KEY}: {SCHEMA_VERSION}, or remove it"
+    raise RecipeError(
+        f"{VERSION_KEY}: the recipe is of schema {version.shown}, this build knows {SCHEMA_VERSION}",
+        fix="install a newer qlora-train" if known > SCHEMA_VERSION else rewrite,
+        where=f"{source}:{version.line}:{version.column}",
+    )
 
 
 def _read_bytes(file: Path, source: str) -> bytes:

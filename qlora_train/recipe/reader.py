@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from qlora_train.errors import Problem, RecipeError
+from qlora_train.printable import find_secret
 from qlora_train.recipe.sources import is_hub_id
 
 MAX_BYTES = 2**20
@@ -143,6 +144,10 @@ def parse(text: str, source: str) -> tuple[Node | None, list[Problem]]:
     if bad:
         what = f"the character {ascii(bad.group())[1:-1]} is not allowed in YAML"
         raise RecipeError(what, fix="remove it (is this a text file?)", where=_place(source, text[: bad.start()]))
+    if secret := find_secret(text):
+        what = "this looks like an access token or a password: recipes are copied into run folders and read by others"
+        fix = "remove it; `hf auth login` or the variable HF_TOKEN give access to the hub"
+        raise RecipeError(what, fix=fix, where=_place(source, text[: secret.start()]))
     loader = _Loader(text)
     problems: list[Problem] = []
     try:

@@ -201,6 +201,11 @@ class TrainSection(Section):
         description="Layers of which a dequantised copy in compute_dtype is kept: faster, 4 times the memory of their "
         "weights. auto: as many as memory_limit_gib leaves room for.",
     )
+    memory: Literal["fixed", "auto"] = Field(
+        "fixed",
+        description="auto: the run splits micro_batch_size x grad_accum_steps packs per step anew, into the largest "
+        "micro-batches that fit memory_limit_gib with the fastest checkpointing. fixed: as they are written.",
+    )
     memory_limit_gib: PositiveFloat | None = Field(
         None, description="Memory that `auto` settings may plan with. Default: most of what is free at the start."
     )
@@ -209,6 +214,11 @@ class TrainSection(Section):
     )
     save_every: NonNegativeInt = Field(100, description="Steps between checkpoints; 0 saves at the end only.")
     keep: PositiveInt = Field(2, description="Newest checkpoints kept; the best and the last are kept besides.")
+    on_disk_full: Literal["stop", "wait"] = Field(
+        "stop",
+        description="What a checkpoint does that finds no room. stop: it ends the run, and the one before it stays; "
+        "wait: it tries again every half minute.",
+    )
 
 
 class EvalSection(Section):
@@ -242,6 +252,12 @@ class RunSection(Section):
         None, description="CPU threads of torch. Part of what makes a run repeatable; default: all cores."
     )
     log_every: PositiveInt = Field(1, description="Steps between lines of metrics.jsonl.")
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
+        (),
+        description="Where the lines of metrics.jsonl go besides: tensorboard (into the run folder), wandb (without a "
+        "network: WANDB_MODE=offline), trackio. A tracker that fails never ends a run.",
+    )
+    tracker_project: Name = Field("qlora_train", description="Project that wandb and trackio file the run under.")
 
 
 class Recipe(Section):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from difflib import get_close_matches
+from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
 
@@ -48,6 +49,8 @@ OLD_KEYS: dict[str, str] = {
     **dict.fromkeys(("per_device_eval_batch_size", "eval_batch_size"), "eval.batch_size"),
     **{"eval_steps": "eval.every"},
     **{"output_dir": "run.dir", "logging_steps": "run.log_every", "random_seed": "run.seed"},
+    **dict.fromkeys(("report_to", "log_with", "logger", "use_wandb"), "run.trackers"),
+    **dict.fromkeys(("wandb_project", "project_name"), "run.tracker_project"),
 }
 OLD_SECTIONS: dict[str, str] = {
     **dict.fromkeys(("base", "models"), "model"),
@@ -121,11 +124,13 @@ def advise_section(name: str) -> tuple[str, str | None]:
     return f"remove it; the sections are: {', '.join(KEYS)}", None
 
 
-def cross_check(recipe: Recipe, origins: Origins, unparsed: Collection[str] = ()) -> list[Problem]:
-    """Every conflict in the recipe; checks that need a section named in `unparsed` are left out."""
+def cross_check(
+    recipe: Recipe, origins: Origins, unparsed: Collection[str] = (), *, with_data: bool = True
+) -> list[Problem]:
+    """Every conflict in the recipe; checks that need a section named in `unparsed`, or files of rows, are left out."""
     problems: list[Problem] = []
     for needed, check in _CHECKS:
-        if not set(needed) & set(unparsed):
+        if not set(needed) & set(unparsed) and (with_data or check is not _data_files):
             problems.extend(check(recipe, origins))
     return problems
 
@@ -301,6 +306,32 @@ def _checkpointing(recipe: Recipe, origins: Origins) -> Iterator[Problem]:
         yield Problem(what, "remove offload_checkpoints", _where(origins, "train.offload_checkpoints"))
 
 
+def _memory_auto(recipe: Recipe, origins: Origins) -> Iterator[Problem]:
+    """A choice of the micro-batch that would change which rows a step holds, or that has nothing to choose."""
+    train, batching = recipe.train, recipe.data.batching
+    if train.memory != "auto":
+        return
+    where = _where(origins, "train.memory")
+    if batching == "length_grouped":
+        what = (
+            "train.memory: auto would change which rows meet in a step: data.batching is length_grouped "
+            f"({_at(origins, 'data.batching')}), which puts rows of like length into one micro-batch"
+        )
+        yield Problem(what, "set memory to fixed, or data.batching to packed", where)
+    if train.micro_batch_size * train.grad_accum_steps == 1:
+        what = "train.memory: auto has nothing to choose: micro_batch_size x grad_accum_steps is one pack per step"
+        yield Problem(what, "remove memory, or raise grad_accum_steps", where)
+
+
+def _compiled_selective(recipe: Recipe, origins: Origins) -> Iterator[Problem]:
+    if recipe.train.compile is True and recipe.train.checkpointing == "selective":
+        what = (
+            "train.compile: true does not go with train.checkpointing: selective "
+            f"({_at(origins, 'train.checkpointing')}), which watches single operators"
+        )
+        yield Problem(what, "set checkpointing to full or auto, or compile to auto", _where(origins, "train.compile"))
+
+
 def _resident_layers(recipe: Recipe, origins: Origins) -> Iterator[Problem]:
     if recipe.train.resident_layers in ("auto", 0):
         return
@@ -357,6 +388,22 @@ def _run_dir(recipe: Recipe, origins: Origins) -> Iterator[Problem]:
         yield Problem(what, "name a folder; it is made where there is none", _where(origins, "run.dir"))
 
 
+def _trackers(recipe: Recipe, origins: Origins) -> Iterator[Problem]:
+    """Trackers that are not installed, named twice, or have no project."""
+    names, where = recipe.run.trackers, _where(origins, "run.trackers")
+    for name in dict.fromkeys(names):
+        if names.count(name) > 1:
+            yield Problem(f"run.trackers: {name} is given twice", "keep one of them", where)
+        try:
+            version(name)
+        except PackageNotFoundError:
+            yield Problem(f"run.trackers: {name} is not installed", f"run `pip install {name}`, or leave it out", where)
+    dotted = "run.tracker_project"
+    if _given(origins, dotted) and not {"wandb", "trackio"} & set(names):
+        what = f"{dotted} has no effect: run.trackers ({_at(origins, 'run.trackers')}) names neither wandb nor trackio"
+        yield Problem(what, "remove tracker_project, or name one of them", _where(origins, dotted))
+
+
 _CHECKS: tuple[tuple[tuple[str, ...], Callable[[Recipe, Origins], Iterator[Problem]]], ...] = (
     (("adapter",), _method),
     (("adapter",), _adapter_folder),
@@ -368,10 +415,13 @@ _CHECKS: tuple[tuple[tuple[str, ...], Callable[[Recipe, Origins], Iterator[Probl
     (("data", "model"), _attention_of_packs),
     (("train", "model"), _paged_on_cpu),
     (("train", "model"), _checkpointing),
+    (("train", "data"), _memory_auto),
+    (("train",), _compiled_selective),
     (("train", "quant"), _resident_layers),
     (("data",), _loss_on_text),
     (("data",), _same_file),
     (("data",), _data_files),
     (("model",), _model_files),
     (("run",), _run_dir),
+    (("run",), _trackers),
 )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,16 +14,20 @@ from typing import Any
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from qlora_train.adapters.state import restore_adapter, save_adapter
-from qlora_train.artifacts import MANIFEST, RunDir, manifest_faults, publishing, retire
-from qlora_train.errors import ResumeError
-from qlora_train.train.optim import optimizer_tensors, restore_optimizer
+from qlora_train.artifacts import MANIFEST, RunDir, is_full, manifest_faults, publishing, read_manifest, retire
+from qlora_train.errors import MachineError, ResumeError
+from qlora_train.train.optim import optimizer_tensors, restore_optimizer, trainable_parameters
+from qlora_train.train.signals import StopRequest
 from qlora_train.train.state import Binding, TrainState
+from qlora_train.untrusted import refuse_pickles
 
 _STEP_NAME = re.compile(r"step-(\d{6,})")
 _OPTIMIZER = "optimizer.safetensors"
 _STATE = "state.json"
+WAIT_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -37,14 +43,46 @@ def save_checkpoint(
 ) -> Checkpoint:
     """Write one checkpoint whole or not at all. An existing one of the same step is replaced."""
     target = run_dir.checkpoints / f"step-{state.step:06d}"
-    if target.exists():
-        retire(target)
-    with publishing(target, manifest={"step": state.step, "binding": binding.as_dict()}) as folder:
-        save_adapter(model, folder)
-        save_file(optimizer_tensors(model, optimizer), folder / _OPTIMIZER)
-        (folder / _STATE).write_text(json.dumps(state.as_dict(), indent=1), encoding="utf-8")
-        shutil.copyfile(run_dir.recipe, folder / run_dir.recipe.name)
+    manifest = {"step": state.step, "binding": binding.as_dict()}
+    with publishing(target, manifest=manifest, num_bytes=checkpoint_bytes(model, optimizer), replace=True) as folder:
+        write_checkpoint(folder, run_dir, state, model, optimizer)
     return Checkpoint(state.step, target)
+
+
+def when_there_is_room(save: Callable[[], Checkpoint], warn: Callable[[str], None], stop: StopRequest) -> Checkpoint:
+    """Call `save` again every WAIT_S seconds while the disk is full; else, or when asked to stop, raise as it does."""
+    while True:
+        try:
+            return save()
+        except MachineError as error:
+            if not is_full(error) or stop.signal_number is not None:
+                raise
+            warn(f"{error.problems[0].what}; training waits for room, as train.on_disk_full has it")
+        until = time.monotonic() + WAIT_S
+        while stop.signal_number is None and time.monotonic() < until:
+            time.sleep(min(1.0, WAIT_S))
+
+
+def write_checkpoint(
+    folder: Path, run_dir: RunDir, state: TrainState, model: PeftModel, optimizer: torch.optim.Optimizer
+) -> None:
+    """The files of a checkpoint, but for its manifest, into a folder."""
+    save_adapter(model, folder)
+    save_file(optimizer_tensors(model, optimizer), folder / _OPTIMIZER)
+    (folder / _STATE).write_text(json.dumps(state.as_dict(), indent=1), encoding="utf-8")
+    shutil.copyfile(run_dir.recipe, folder / run_dir.recipe.name)
+
+
+def checkpoint_bytes(model: PeftModel, optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of the tensors of a checkpoint; the rest of it is some ten kilobytes."""
+    moments = (value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
+    return sum(tensor.nbytes for tensor in (*trainable_parameters(model).values(), *moments))
+
+
+def stored_binding(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What the checkpoint says that it belongs to."""
+    binding: dict[str, Any] = read_manifest(checkpoint.folder)["binding"]
+    return binding
 
 
 def list_steps(run_dir: RunDir) -> dict[int, Path]:
@@ -68,12 +106,12 @@ def find_checkpoint(run_dir: RunDir, step: int | None = None) -> tuple[Checkpoin
             raise ResumeError(
                 f"{run_dir.checkpoints} has no checkpoint of step {step}; there is: {there}", fix="name one"
             )
-        if faults := manifest_faults(steps[step]):
+        if faults := _faults(step, steps[step]):
             raise ResumeError(f"{steps[step]}: {'; '.join(faults)}", fix="resume from another step")
         return Checkpoint(step, steps[step]), []
     warnings: list[str] = []
     for number, folder in reversed(steps.items()):
-        if not (faults := manifest_faults(folder)):
+        if not (faults := _faults(number, folder)):
             return Checkpoint(number, folder), warnings
         warnings.append(f"{folder.name} is damaged and passed over: {'; '.join(faults)}")
     raise ResumeError(
@@ -81,12 +119,20 @@ def find_checkpoint(run_dir: RunDir, step: int | None = None) -> tuple[Checkpoin
     )
 
 
+def _faults(step: int, folder: Path) -> list[str]:
+    """Why a folder is not the checkpoint of this step. SecurityError where a pickle was put into it."""
+    refuse_pickles(sorted(folder.iterdir()), str(folder))
+    if faults := manifest_faults(folder):
+        return faults
+    written = read_manifest(folder).get("step")
+    return [] if written == step else [f"{MANIFEST}: it is a checkpoint of step {written}"]
+
+
 def restore_checkpoint(
     checkpoint: Checkpoint, model: PeftModel, optimizer: torch.optim.Optimizer, binding: Binding
 ) -> TrainState:
     """Put adapter, optimiser and counters back, to the bit. Raises ResumeError when the checkpoint is another run's."""
-    manifest: dict[str, Any] = json.loads((checkpoint.folder / MANIFEST).read_text(encoding="utf-8"))
-    binding.refuse_difference(manifest["binding"])
+    binding.refuse_difference(stored_binding(checkpoint))
     state = TrainState.from_dict(json.loads((checkpoint.folder / _STATE).read_text(encoding="utf-8")))
     restore_adapter(model, checkpoint.folder)
     restore_optimizer(model, optimizer, load_file(checkpoint.folder / _OPTIMIZER))

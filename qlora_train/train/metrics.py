@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import resource
 import sys
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -61,36 +65,82 @@ class Silent:
         """Say nothing."""
 
 
-def _step_of(line: bytes) -> float:
-    """The step of a line; infinity for one that a full disk left torn."""
+class Follower(Protocol):
+    """Whoever gets each line of metrics.jsonl too."""
+
+    def log(self, kind: str, step: int, values: dict[str, Any], *, again: bool) -> None:
+        """A line; `again` where one of this step or a later one was written before the run was resumed."""
+
+
+def _kind_and_step(line: bytes) -> tuple[str, float]:
+    """Kind and step of a line; infinity for one that a full disk left torn."""
     try:
-        return float(json.loads(line)["step"])
+        entry = json.loads(line)
+        return str(entry["kind"]), float(entry["step"])
     except (ValueError, KeyError, TypeError):
-        return float("inf")
+        return "", math.inf
 
 
 class Metrics:
-    """Appends JSON lines. A line of a step is written once: a resume first drops the lines past its checkpoint."""
+    """Appends JSON lines. A line of a step is written once: a resume first drops those that will be written again.
 
-    def __init__(self, path: Path, *, after_step: int) -> None:
-        self._path = path
+    These are the lines past `after_step`, and, where its evaluation is due, those of this evaluation.
+
+    A full disk does not end a run that is only logging. Lines that could not be written are kept, and written before
+    the next one that can be; `failed` is None or says why there are such lines. `warn` is told once.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        after_step: int,
+        evaluation_due: bool = False,
+        follower: Follower | None = None,
+        warn: Callable[[str], None] | None = None,
+    ) -> None:
+        self._path, self._follower, self._warn = path, follower, warn
         self.failed: str | None = None
-        self._torn = False
+        self._unwritten = b""
+        self._num_bytes = 0  # of whole lines in the file
+        self._last_step = -1.0  # of the lines there were
         if path.exists():
             lines = path.read_bytes().splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith(b"\n") and _step_of(line) <= after_step]
-            write_file(path, b"".join(kept))
+            entries = [(line, *_kind_and_step(line)) for line in lines]
+            self._last_step = max((step for _, _, step in entries if step < math.inf), default=-1.0)
+            again = ("eval", after_step) if evaluation_due else None
+            kept = b"".join(
+                line
+                for line, kind, step in entries
+                if line.endswith(b"\n") and step <= after_step and (kind, step) != again
+            )
+            write_file(path, kept)
+            self._num_bytes = len(kept)
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        """One line. A full disk must not end a run that is only logging: the failure is kept in `failed`."""
-        line = ("\n" if self._torn else "") + json.dumps({"kind": kind, "step": step, **values}) + "\n"
+        """One line."""
+        self._unwritten += (json.dumps({"kind": kind, "step": step, **values}) + "\n").encode()
         try:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(line)
-            self._torn = False
+            with self._path.open("ab") as file:
+                if file.tell() > self._num_bytes:  # a part of a line that could not be written whole
+                    file.truncate(self._num_bytes)
+                file.write(self._unwritten)
         except OSError as error:
-            self._torn = True  # the next line must not be joined to a part of this one
-            self.failed = self.failed or f"{self._path}: {error.strerror}"
+            if self.failed is None and self._warn is not None:
+                self._warn(
+                    f"{self._path}: {error.strerror}; training goes on, and keeps the lines until it can write them"
+                )
+            self.failed = f"{self._path}: {error.strerror}"
+        else:
+            self._num_bytes += len(self._unwritten)
+            self._unwritten, self.failed = b"", None
+        if self._follower is not None:
+            self._follower.log(kind, step, values, again=step <= self._last_step)
+
+    def sync(self) -> None:
+        """Put the lines on disk: a checkpoint that outlives a power cut has all of its steps logged."""
+        with suppress(OSError), self._path.open("rb") as file:
+            os.fsync(file.fileno())
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -88,6 +90,24 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[_tensor_name(key, name)] = torch.as_tensor(value).detach().cpu().contiguous()
     return tensors
+
+
+@contextmanager
+def with_all_moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Every parameter has its state in the block, as after a step; what was not there before is gone afterwards.
+
+    Paged moments, which bitsandbytes never frees, are left as they are.
+    """
+    parameters = enumerate(trainable_parameters(model).values())
+    paged = getattr(optimizer, "is_paged", False)
+    new = [] if paged else [(index, p) for index, p in parameters if not optimizer.state.get(p)]
+    try:
+        for index, parameter in new:
+            _new_state(optimizer, index, parameter)
+        yield
+    finally:
+        for _, parameter in new:
+            optimizer.state.pop(parameter, None)
 
 
 def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:

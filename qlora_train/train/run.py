@@ -4,45 +4,48 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qlora_train.adapters.state import restore_adapter, save_adapter
+from qlora_train.adapters.state import save_adapter
 from qlora_train.artifacts import (
     MANIFEST,
-    TEMPORARY_PREFIX,
-    TRASH_PREFIX,
     RunDir,
+    is_leftover,
     locked,
     publishing,
     read_json,
-    retire,
     sweep,
-    write_file,
     write_json,
 )
-from qlora_train.data.account import account_for, write_account
-from qlora_train.environment import environment
 from qlora_train.errors import RecipeError, ResumeError
-from qlora_train.evaluate.sides import SideScores, score_side
-from qlora_train.evaluate.validation import Validation
-from qlora_train.model.load import memory_advice
-from qlora_train.model.table import dtype_table
+from qlora_train.evaluate.sides import SideScores
 from qlora_train.quant.fingerprint import print_base
-from qlora_train.recipe.load import LoadedRecipe, resolved_yaml
+from qlora_train.recipe.load import LoadedRecipe
 from qlora_train.recipe.schema import Recipe
-from qlora_train.train.checkpoint import Checkpoint, find_checkpoint, list_steps, restore_checkpoint, retire_newer
-from qlora_train.train.loop import evaluate_now, rehearse, run_loop
-from qlora_train.train.metrics import Metrics, Reporter, peak_memory_bytes
+from qlora_train.train.checkpoint import (
+    Checkpoint,
+    find_checkpoint,
+    list_steps,
+    restore_checkpoint,
+    retire_newer,
+    stored_binding,
+)
+from qlora_train.train.facts import describe, write_facts
+from qlora_train.train.loop import run_loop
+from qlora_train.train.memory import MemoryLog
+from qlora_train.train.metrics import Metrics, Reporter
+from qlora_train.train.rehearsal import largest_batches, rehearse
+from qlora_train.train.scores import Scorer, forget_lost_best
 from qlora_train.train.selfcheck import SelfCheck, selfcheck
 from qlora_train.train.setup import Prepared, prepare
 from qlora_train.train.signals import stop_requests
+from qlora_train.train.speed import split_as_stored
 from qlora_train.train.state import TrainState, trajectory_keys
+from qlora_train.train.trackers import tracking
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,9 @@ class TrainResult:
     num_supervised_tokens: int
     supervised_tokens_per_s: float
     tokens_per_s: float
-    peak_memory_bytes: int
+    peak_memory_bytes: int  # allocated by torch on a card; resident memory of the process on a CPU
+    planned_memory_bytes: int | None  # tensors of a training step, and what was measured of them: memory.json
+    measured_memory_bytes: int | None
     wall_s: float
 
     def as_dict(self) -> dict[str, Any]:
@@ -86,47 +91,63 @@ def run_training(loaded: LoadedRecipe, *, resume: bool, from_step: int | None, r
         return TrainResult.from_dict(run_dir.root, read_json(run_dir.summary))
     elif not run_dir.root.is_dir():
         raise ResumeError(f"{run_dir.root} does not exist: there is nothing to resume", fix="start without --resume")
-    with locked(run_dir), stop_requests() as stop, memory_advice():
+    memory = MemoryLog(recipe, run_dir, reporter)
+    with locked(run_dir), stop_requests() as stop:
+        if not resume:
+            refuse_used(run_dir)  # once more: another process may have made a run there until we had the lock
         sweep(run_dir.root)
         sweep(run_dir.checkpoints)
         checkpoint = _checkpoint_to_resume(run_dir, from_step, reporter) if resume else None
-        prepared = prepare(recipe, run_dir, reporter)
+        bound = stored_binding(checkpoint).get("recipe", {}) if checkpoint else None
+        with memory.during("loading", "while data and model were loaded, before the first step"):
+            prepared = prepare(recipe, run_dir, reporter, bound=bound)
         stop.check()
         job, state = prepared.job, TrainState()
+        scorer = Scorer(prepared, memory)
         if checkpoint is not None:
             state = restore_checkpoint(checkpoint, job.model, job.optimizer, job.binding)
             run_dir.summary.unlink(missing_ok=True)
             retire_newer(run_dir, state.step)
-            _forget_lost_best(run_dir, state, reporter)
-            _forget_other_best(prepared, state)
+            forget_lost_best(run_dir, state, reporter)
+            scorer.forget_other_best(state)
             reporter.message(f"resumed from {checkpoint.folder.name}")
-        packed = recipe.data.batching == "packed"
-        checked = selfcheck(
-            job.causal, prepared.inputs.train.table, job.pad_token_id, job.accelerator.device, packed=packed
-        )
-        reporter.message(f"selfcheck: {checked.summary()}")
-        _write_facts(loaded, prepared, checked)
-        _describe(prepared, reporter)
-        largest = rehearse(job)
-        num_lines, num_tokens = largest.input_ids.shape
-        reporter.message(
-            f"rehearsed the largest micro-batch, {num_lines} {'packs' if packed else 'rows'} of {num_tokens} tokens: "
-            f"peak memory {peak_memory_bytes(job.accelerator.device) / 2**30:.2f} GiB"
-        )
+        with memory.during("checking", "in the selfcheck before the first step"):
+            checked = _selfcheck(prepared)
+        write_facts(loaded, prepared, checked)
+        describe(prepared)
+        batches = largest_batches(job)
+        longest_row = int(prepared.inputs.train.table.lengths.max())
+        memory.settle(job.recipe, prepared.inputs.config, prepared.speed, longest_row, batches)
+        rehearse(prepared, batches, scorer.questions, state, memory)
+        for line in memory.summary():
+            reporter.message(line)
+        memory.compare()
+        memory.write()
         stop.check()
-        base_scores = _base_scores(prepared, resumed=checkpoint is not None)
+        base_scores = scorer.base(resumed=checkpoint is not None)
         stop.check()
-        metrics = Metrics(run_dir.metrics, after_step=state.step)
-        validation = run_loop(job, state, metrics, stop)
+        with tracking(recipe, run_dir, reporter, resumed=checkpoint is not None, step=state.step) as trackers:
+            if base_scores is not None and checkpoint is None:
+                trackers.log("eval", 0, {"eval_loss": base_scores.loss})
+            metrics = Metrics(
+                run_dir.metrics,
+                after_step=state.step,
+                evaluation_due=state.evaluation_due,
+                follower=trackers,
+                warn=reporter.warning,
+            )
+            with stop.waiting():
+                validation = run_loop(job, state, metrics, stop, memory)
         if metrics.failed:
             reporter.warning(f"metrics are incomplete: {metrics.failed}")
         if print_base(job.model).digest != prepared.base.print.digest:
             raise AssertionError("the frozen base changed during training")
-        adapter_scores = _adapter_scores(prepared, state, validation)
-        with _publishing_again(
-            run_dir.adapter, {"step": state.best_step or state.step, **job.binding.as_dict()}
-        ) as folder:
+        adapter_scores = scorer.adapter(state, validation)
+        bound = {"step": state.best_step or state.step, **job.binding.as_dict()}
+        with publishing(run_dir.adapter, manifest=bound, replace=True) as folder:
             save_adapter(job.model, folder)
+        memory.compare()
+        memory.write()
         result = TrainResult(
             run_dir=run_dir.root,
             num_steps=state.step,
@@ -138,11 +159,22 @@ def run_training(loaded: LoadedRecipe, *, resume: bool, from_step: int | None, r
             num_supervised_tokens=state.num_supervised_tokens,
             supervised_tokens_per_s=state.num_supervised_tokens / max(state.train_s, 1e-9),
             tokens_per_s=state.num_tokens / max(state.train_s, 1e-9),
-            peak_memory_bytes=peak_memory_bytes(job.accelerator.device),
+            peak_memory_bytes=memory.peak_bytes,
+            planned_memory_bytes=memory.phases["training"].planned,
+            measured_memory_bytes=memory.phases["training"].measured,
             wall_s=time.perf_counter() - started,
         )
         write_json(run_dir.summary, result.as_dict())
         return result
+
+
+def _selfcheck(prepared: Prepared) -> SelfCheck:
+    """Rows together are what they are alone; ModelError where they are not."""
+    job, packed = prepared.job, prepared.job.recipe.data.batching == "packed"
+    table, device = prepared.inputs.train.table, job.accelerator.device
+    checked = selfcheck(job.causal, table, job.pad_token_id, device, packed=packed)
+    job.reporter.message(f"selfcheck: {checked.summary()}")
+    return checked
 
 
 def refuse_used(run_dir: RunDir) -> None:
@@ -157,7 +189,7 @@ def refuse_used(run_dir: RunDir) -> None:
     # A run that ended before its first checkpoint left facts behind that the next one writes anew.
     own = {path.name for path in run_dir.facts()}
     there = sorted(p.name for p in run_dir.root.iterdir() if p.name not in own) if run_dir.root.is_dir() else []
-    if foreign := [name for name in there if not name.startswith((TEMPORARY_PREFIX, TRASH_PREFIX))]:
+    if foreign := [name for name in there if not is_leftover(name)]:
         raise RecipeError(
             f"run.dir: {run_dir.root} holds other things already ({', '.join(foreign[:6])})",
             fix="choose another run.dir, or empty this one",
@@ -167,7 +199,7 @@ def refuse_used(run_dir: RunDir) -> None:
 def _refuse_other_recipe(run_dir: RunDir, recipe: Recipe) -> None:
     """A finished run is only "already complete" for the recipe that it was trained with."""
     stored = read_json(run_dir.adapter / MANIFEST)["recipe"]
-    now = json.loads(json.dumps(trajectory_keys(recipe)))
+    now = json.loads(json.dumps(trajectory_keys(split_as_stored(recipe, stored))))
     if differing := [f"{k}: {stored.get(k)} then, {v} now" for k, v in now.items() if stored.get(k) != v]:
         raise ResumeError(
             f"{run_dir.root} was trained with another recipe: {'; '.join(differing)}", fix="choose another run.dir"
@@ -179,130 +211,3 @@ def _checkpoint_to_resume(run_dir: RunDir, from_step: int | None, reporter: Repo
     for warning in warnings:
         reporter.warning(warning)
     return checkpoint
-
-
-def _forget_lost_best(run_dir: RunDir, state: TrainState, reporter: Reporter) -> None:
-    """The best adapter so far must still be there to be published in the end."""
-    if state.best_step is None:
-        return
-    try:
-        find_checkpoint(run_dir, state.best_step)
-    except ResumeError as error:
-        reporter.warning(f"the best checkpoint so far is lost: {error}")
-        state.best_step = state.best_eval_loss = None
-
-
-def _write_facts(loaded: LoadedRecipe, prepared: Prepared, checked: SelfCheck) -> None:
-    """What the run is made of, before it starts."""
-    run_dir = prepared.job.run_dir
-    write_file(run_dir.recipe, resolved_yaml(loaded).encode())
-    write_json(run_dir.environment, environment())
-    inputs, recipe = prepared.inputs, loaded.recipe
-    if template := inputs.tokenizer.chat_template:
-        write_file(run_dir.chat_template, str(template).encode())
-    source = {"name": inputs.source.name, "commit": inputs.source.commit, "file_sha256": inputs.source.file_sha256}
-    write_json(run_dir.base, {"source": source, **prepared.base.print.as_dict()})
-    train, held_out = inputs.train, inputs.eval
-    account = account_for(recipe, train, held_out, inputs.tokenizer, prepared.job.loader)
-    if unreached := account.batching.num_unreached_rows:
-        prepared.job.reporter.warning(f"{unreached:,} kept rows come in none of the steps")
-    facts = {
-        "files": [
-            {"name": source.source.name, "kind": source.source.kind, "sha256": source.digest}
-            for split in (train, held_out)
-            if split
-            for source in split.sources
-        ],
-        "selfcheck": checked.as_dict(),
-        "end_token_ids": train.end_token_ids,
-        "conversations": train.holds_conversations(),
-    }
-    write_account(run_dir, {**account.as_dict(recipe), **facts}, train, held_out)
-
-
-def _describe(prepared: Prepared, reporter: Reporter) -> None:
-    """The table of dtypes, and the adapter against full fine-tuning."""
-    for row in dtype_table(prepared.base.print):
-        names = ", ".join(row.names[:8]) + (", ..." if len(row.names) > 8 else "")
-        reporter.message(
-            f"base: {row.num_tensors:>4} tensors in {row.kind:<8} {row.num_params / 1e6:>10,.1f}M parameters "
-            f"{row.num_bytes / 2**20:>10,.1f} MiB  {names}"
-        )
-    for line in prepared.speed.summary():
-        reporter.message(line)
-    if not prepared.speed.choice.fits:
-        reporter.warning(
-            "more than is free, or than train.memory_limit_gib: lower train.micro_batch_size, data.seq_len or adapter.r"
-        )
-    facts = prepared.facts
-    # float32 adapter, gradient and two AdamW moments, against bf16 weights and gradients with float32 moments.
-    adapter_mib, full_mib = facts.num_trainable * 16 / 2**20, (facts.num_trainable + facts.num_frozen) * 12 / 2**20
-    reporter.message(
-        f"adapter: {facts.num_trainable:,} trainable parameters ({facts.trainable_frac:.2%}) on "
-        f"{len(facts.modules)} layers; {adapter_mib:,.0f} MiB with gradient and AdamW moments, "
-        f"full fine-tuning {full_mib:,.0f} MiB"
-    )
-
-
-def _measured_on(prepared: Prepared) -> dict[str, Any]:
-    """What figures of base and adapter depend on besides the model: they compare only where it is the same."""
-    split, section = prepared.inputs.eval, prepared.job.recipe.eval
-    rows = split.table.fingerprint() if split else None
-    return {"rows": rows, "generate_rows": section.generate_rows, "max_new_tokens": section.max_new_tokens}
-
-
-def _stored_scores(prepared: Prepared) -> dict[str, Any]:
-    """What `eval.json` holds of an earlier part of this run."""
-    path = prepared.job.run_dir.evaluation
-    return dict(read_json(path)) if path.is_file() else {"measured_on": {}}
-
-
-def _forget_other_best(prepared: Prepared, state: TrainState) -> None:
-    """A held-out loss says which checkpoint is best only among those measured on the same rows."""
-    if state.best_step is None:
-        return
-    if _stored_scores(prepared)["measured_on"].get("rows") != _measured_on(prepared)["rows"]:
-        prepared.job.reporter.warning("the held-out rows have changed: which checkpoint is best is judged from here on")
-        state.best_step = state.best_eval_loss = None
-
-
-def _base_scores(prepared: Prepared, *, resumed: bool) -> SideScores | None:
-    """The base without the adapter; measured once per run, whatever is resumed."""
-    path, split, job = prepared.job.run_dir.evaluation, prepared.inputs.eval, prepared.job
-    if split is None:
-        return None
-    if resumed and (stored := _stored_scores(prepared))["measured_on"] == _measured_on(prepared):
-        return SideScores.from_dict(stored["base"])
-    with job.model.disable_adapter():
-        scores = score_side(job.causal, prepared.inputs.tokenizer, split, job.recipe.eval)
-    write_json(path, {"measured_on": _measured_on(prepared), "base": scores.as_dict(), "adapter": None})
-    job.reporter.evaluation(0, scores.loss)
-    return scores
-
-
-def _adapter_scores(prepared: Prepared, state: TrainState, validation: Validation | None) -> SideScores | None:
-    """Put the best adapter in place and measure it; `eval.json` then holds both sides."""
-    job, split = prepared.job, prepared.inputs.eval
-    if state.best_step is not None and state.best_step != state.step:
-        restore_adapter(job.model, find_checkpoint(job.run_dir, state.best_step)[0].folder)
-        validation = None
-    if split is None:
-        return None
-    scores = score_side(
-        job.causal,
-        prepared.inputs.tokenizer,
-        split,
-        job.recipe.eval,
-        validation=validation or evaluate_now(job, split.table),
-    )
-    write_json(job.run_dir.evaluation, {**read_json(job.run_dir.evaluation), "adapter": scores.as_dict()})
-    return scores
-
-
-@contextmanager
-def _publishing_again(target: Path, manifest: dict[str, Any]) -> Iterator[Path]:
-    """Publish a folder in place of an older one of the same name."""
-    if target.exists():
-        retire(target)
-    with publishing(target, manifest=manifest) as folder:
-        yield folder

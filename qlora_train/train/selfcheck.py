@@ -41,6 +41,29 @@ class SelfCheck:
     loss_alone: float
     change_in_other_rows: float | None  # when a row's first token is replaced; None: not packed
     change_in_the_row: float | None  # the smallest of all rows, as a control
+    loss_tolerance: float  # nats per supervised token
+    change_allowed: float  # in other rows
+
+    @property
+    def loss_error(self) -> float:
+        """Nats per supervised token by which rows together and alone differ."""
+        return abs(self.loss_together - self.loss_alone) / self.weight_sum
+
+    @property
+    def fix(self) -> str:
+        """What to set where rows are not kept apart."""
+        packed = self.change_in_other_rows is not None
+        return "set data.batching: length_grouped" if packed else "set train.micro_batch_size: 1"
+
+    def fault(self) -> str:
+        """How rows together are not what they are alone; empty where they are. NaN is a difference."""
+        if not self.loss_error <= self.loss_tolerance:
+            return f"their loss differs by {self.loss_error:.2g} nats a token (at most {self.loss_tolerance:g})"
+        if self.change_in_other_rows is not None and not self.change_in_other_rows <= self.change_allowed:
+            return f"replacing a token changes other rows by {self.change_in_other_rows:g}"
+        if self.change_in_the_row is not None and not self.change_in_the_row > 0:
+            return "replacing a token does not even change its own row"
+        return ""
 
     def summary(self) -> str:
         """One line for people."""
@@ -56,11 +79,21 @@ class SelfCheck:
         return asdict(self)
 
 
-@torch.no_grad()
 def selfcheck(
     causal: CausalModel, table: TokenTable, pad_token_id: int, device: torch.device, *, packed: bool
 ) -> SelfCheck:
-    """Compare a few rows together, as training batches them, with each alone; else ModelError.
+    """What `compare_rows` measures; ModelError with the numbers when rows together are not what they are alone."""
+    result = compare_rows(causal, table, pad_token_id, device, packed=packed)
+    if what := result.fault():
+        raise ModelError(f"rows together are not what they are alone: {what}. {result.summary()}", fix=result.fix)
+    return result
+
+
+@torch.no_grad()
+def compare_rows(
+    causal: CausalModel, table: TokenTable, pad_token_id: int, device: torch.device, *, packed: bool
+) -> SelfCheck:
+    """Measure a few rows together, as training batches them, and each alone.
 
     Packed: furthermore, replacing the first token of a row leaves every other row's hidden states the same to the bit;
     with a mixture of experts, whose matmuls join the tokens of all rows by expert, the same up to rounding.
@@ -74,7 +107,8 @@ def selfcheck(
         alone = sum(float(causal.loss_sum(collate(table, [[row]], pad_token_id).to(device))) for row in rows)
         hidden = causal.hidden(together)
         changes = _changes(causal, together, hidden) if packed else None
-        result = SelfCheck(
+        allowed = EXPERTS_TOLERANCE[hidden.dtype] if has_experts(causal) else 0.0
+        return SelfCheck(
             num_rows=len(rows),
             num_tokens=together.num_tokens,
             weight_sum=together.weight_sum,
@@ -82,17 +116,17 @@ def selfcheck(
             loss_alone=alone,
             change_in_other_rows=None if changes is None else float(changes[:, 0].max()),
             change_in_the_row=None if changes is None else float(changes[:, 1].min()),
+            loss_tolerance=LOSS_TOLERANCE[hidden.dtype],
+            change_allowed=allowed,
         )
     finally:
         causal.model.train(was_training)
-    change_allowed = EXPERTS_TOLERANCE[hidden.dtype] if _has_experts(causal.decoder.config) else 0.0
-    _judge(result, LOSS_TOLERANCE[hidden.dtype], change_allowed)
-    return result
 
 
-def _has_experts(config: Any) -> bool:
+def has_experts(causal: CausalModel) -> bool:
+    """Whether the model is a mixture of experts."""
     names = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-    return any(getattr(config.get_text_config(), name, None) for name in names)
+    return any(getattr(causal.decoder.config.get_text_config(), name, None) for name in names)
 
 
 def _rows(table: TokenTable) -> list[int]:
@@ -125,19 +159,3 @@ def _changes(causal: CausalModel, batch: MicroBatch, before: Tensor) -> Tensor:
         others = torch.cat([difference[other] for at, other in enumerate(spans) if at != index])
         changes.append(torch.stack([others.max(), difference[span].max()]))  # NaN goes through
     return torch.stack(changes)
-
-
-def _judge(result: SelfCheck, tolerance: float, change_allowed: float) -> None:
-    """ModelError with the numbers when rows are not what they are alone. NaN is a difference."""
-    error = abs(result.loss_together - result.loss_alone) / result.weight_sum
-    what = ""
-    if not error <= tolerance:
-        what = f"their loss differs by {error:.2g} nats a token (at most {tolerance:g})"
-    elif result.change_in_other_rows is not None and not result.change_in_other_rows <= change_allowed:
-        what = f"replacing a token changes other rows by {result.change_in_other_rows:g}"
-    elif result.change_in_the_row is not None and not result.change_in_the_row > 0:
-        what = "replacing a token does not even change its own row"
-    if what:
-        packed = result.change_in_other_rows is not None
-        fix = "set data.batching: length_grouped" if packed else "set train.micro_batch_size: 1"
-        raise ModelError(f"rows together are not what they are alone: {what}. {result.summary()}", fix=fix)

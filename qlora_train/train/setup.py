@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +12,14 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from qlora_train.adapters.attach import AdapterFacts, adapter_facts, attach_adapter
-from qlora_train.adapters.state import load_adapter_config
 from qlora_train.artifacts import RunDir
 from qlora_train.data.account import build_loader
 from qlora_train.data.split import Split, load_splits
 from qlora_train.errors import MachineError
 from qlora_train.model.attention import check_packable
+from qlora_train.model.binding import check_start, refuse_other_start
 from qlora_train.model.causal import CausalModel
+from qlora_train.model.files import stored_tensors
 from qlora_train.model.load import Base, add_end_tokens, load_recipe_base, resolve_device
 from qlora_train.model.skeleton import (
     build_skeleton,
@@ -30,13 +30,16 @@ from qlora_train.model.skeleton import (
     check_vocabulary,
     load_config,
     load_tokenizer,
+    template_digest,
+    tokenizer_digest,
 )
-from qlora_train.model.source import Source, resolve_source
+from qlora_train.model.source import Source, resolve_source, verify_download
 from qlora_train.recipe.schema import Recipe
+from qlora_train.train.disk import refuse_full_disk
 from qlora_train.train.loop import Job
 from qlora_train.train.metrics import Reporter
 from qlora_train.train.optim import build_optimizer, check_optimizer
-from qlora_train.train.speed import Speed, settle_speed
+from qlora_train.train.speed import Speed, settle_memory, settle_speed, with_split
 from qlora_train.train.state import Binding, trajectory_keys
 
 
@@ -85,8 +88,10 @@ def load_inputs(recipe: Recipe, *, weights: bool = True) -> Inputs:
         check_skipped(skeleton, recipe.quant.skip_modules)
         if device.type == "cpu":
             check_shapes(skeleton, recipe.quant.block_size)
+    if weights:
+        stored_tensors(source, skeleton)
     if recipe.adapter.init_from is not None:
-        load_adapter_config(recipe.adapter.init_from)
+        check_start(recipe.adapter.init_from)
     train, held_out = load_splits(recipe, tokenizer)
     for split in (train, held_out):
         if split is not None:
@@ -94,23 +99,29 @@ def load_inputs(recipe: Recipe, *, weights: bool = True) -> Inputs:
     return Inputs(source, config, tokenizer, skeleton, train, held_out)
 
 
-def prepare(recipe: Recipe, run_dir: RunDir, reporter: Reporter) -> Prepared:
-    """Load everything. Nothing is written."""
+def prepare(recipe: Recipe, run_dir: RunDir, reporter: Reporter, *, bound: Mapping[str, Any] | None = None) -> Prepared:
+    """Load everything. Nothing is written. `bound`: the recipe's keys as a checkpoint to go on from has them."""
     refuse_many_processes()
     inputs = load_inputs(recipe)
     for split in (inputs.train, inputs.eval):
         if split is not None:
             reporter.message(split.audit.summary())
+    refuse_full_disk(recipe, inputs.config, run_dir)
+    verify_download(inputs.source)
     base = load_recipe_base(inputs.source, recipe)
     CausalModel(base.model).check_head()
+    if recipe.adapter.init_from is not None and (notice := refuse_other_start(recipe.adapter.init_from, base.print)):
+        reporter.warning(notice)
     add_end_tokens(base.model, inputs.train.end_token_ids)
     model = attach_adapter(
         base.model, recipe.adapter, recipe.run.seed, base_name=inputs.source.name, fused=recipe.train.fused
     )
     causal = CausalModel(model)
     facts = adapter_facts(model)
+    memory = settle_memory(recipe, causal, inputs.train.table, bound)
+    recipe = with_split(recipe, memory.micro_batch_size, memory.grad_accum_steps)
     loader = build_loader(recipe, inputs.train, inputs.tokenizer.pad_token_id)
-    speed = settle_speed(recipe, causal, inputs.train.table, loader, facts.num_frozen, base.compute_dtype)
+    speed = settle_speed(recipe, memory, causal, loader, facts.num_frozen, base.compute_dtype)
     # accelerate keeps the first device of a process for ever; a second run of a notebook may want another.
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=base.device.type == "cpu", mixed_precision="no")
@@ -132,11 +143,11 @@ def prepare(recipe: Recipe, run_dir: RunDir, reporter: Reporter) -> Prepared:
 
 def _binding(recipe: Recipe, inputs: Inputs, base: Base, *, compiled: bool) -> Binding:
     """What a checkpoint of this run belongs to. The token table holds all that the files, the template and the
-    tokenizer did to the rows; the template's own hash is for the message."""
-    template = json.dumps([inputs.tokenizer.chat_template, len(inputs.tokenizer), inputs.tokenizer.eos_token_id])
+    tokenizer did to the rows; their own hashes say which it was, and bind the adapter to what chat and export use."""
     return Binding(
         base=base.print.digest,
         data=inputs.train.table.fingerprint(),
-        template=hashlib.sha256(template.encode()).hexdigest(),
+        template=template_digest(inputs.tokenizer),
+        tokenizer=tokenizer_digest(inputs.tokenizer),
         recipe={**trajectory_keys(recipe), "layers compiled": compiled},
     )

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from qlora_train.adapters.layers import keep_dense
 from qlora_train.data.loader import Loader
 from qlora_train.data.table import TokenTable
-from qlora_train.errors import MachineError
+from qlora_train.errors import MachineError, is_out_of_memory
 from qlora_train.memory.available import available_bytes
-from qlora_train.memory.budget import Asked, Choice, choose
-from qlora_train.memory.measure import measure_costs, trial_batch
-from qlora_train.model.attention import PLAIN_TOKENS
+from qlora_train.memory.budget import Choice, Costs, choose, rerun_layers
+from qlora_train.memory.estimate import asked_of, heaviest_batch
+from qlora_train.memory.exhausted import release
+from qlora_train.memory.measure import measure_costs
+from qlora_train.memory.meta import DeviceKind
 from qlora_train.model.causal import CausalModel
 from qlora_train.model.checkpointing import apply_checkpointing, decoder_layers
 from qlora_train.model.compiling import compile_layers, compiler_fault
-from qlora_train.recipe.schema import Recipe
+from qlora_train.recipe.schema import Recipe, TrainSection
 
 # Floating-point operations of a run (6 per weight and token) from which compiling pays back. On a CPU, compiling takes
 # most of a minute and saves some 10 % of a step at 0.3 to 0.6 Tflop/s (README.md, "Speed"): ten minutes of work. For
@@ -26,54 +30,111 @@ LEAST_WORK = {"cpu": 3e14, "cuda": 1e16}
 
 
 @dataclass(frozen=True)
+class MemoryUse:
+    """What the memory is spent on."""
+
+    choice: Choice
+    micro_batch_size: int
+    grad_accum_steps: int
+    limit_bytes: int  # what was to be kept within
+    num_layers: int
+
+
+@dataclass(frozen=True)
 class Speed:
     """What was settled, and why."""
 
-    choice: Choice
-    num_layers: int
+    memory: MemoryUse
     compiled: bool
     why: str  # of compiled
 
     def summary(self) -> list[str]:
         """Lines for people."""
-        policy, resident = self.choice.checkpointing, self.choice.resident_layers
+        memory, choice = self.memory, self.memory.choice
         return [
-            f"memory: {policy.num_recomputed(self.num_layers)} of {self.num_layers} layers are computed again "
-            f"({policy.kind}), {resident} stay dense: {self.choice.peak_bytes / 2**30:.2f} GiB expected for training",
+            f"memory: micro-batches of {memory.micro_batch_size}, {memory.grad_accum_steps} a step; "
+            f"{choice.checkpointing.num_recomputed(memory.num_layers)} of {memory.num_layers} layers are computed "
+            f"again ({choice.checkpointing.kind}), {choice.resident_layers} stay dense: "
+            f"{choice.peak_bytes / 2**30:.2f} GiB expected for training, {memory.limit_bytes / 2**30:.2f} GiB to use",
             f"torch.compile: {'on' if self.compiled else 'off'}, {self.why}",
         ]
 
 
+def settle_memory(
+    recipe: Recipe, causal: CausalModel, table: TokenTable, bound: Mapping[str, Any] | None = None
+) -> MemoryUse:
+    """Choose what the recipe leaves open, for the heaviest micro-batch that the data can give.
+
+    `bound`: the recipe's keys as a checkpoint to go on from has them; a step is split as it was there. Nothing of the
+    model is changed. Costs a few passes through one layer and the loss head for each split that is tried.
+    """
+    section, device = recipe.train, causal.head.weight_VH.device
+    kind: DeviceKind = "cuda" if device.type == "cuda" else "cpu"
+    asked, longest = asked_of(recipe), int(table.lengths.max())
+    settled: list[MemoryUse] = []
+    for size, count in _splits(recipe, bound):
+        batch = heaviest_batch(with_split(recipe, size, count), longest, kind)
+        try:
+            costs = measure_costs(causal, batch.to(device), section.optimizer)
+        except Exception as error:
+            if not settled or not is_out_of_memory(error):
+                raise
+            release(error, device)
+            break  # not even one layer fits
+        limit_bytes = _limit(section, device, costs)
+        choice = choose(costs, limit_bytes, asked)
+        if settled and (not choice.fits or _is_slower(choice, settled[-1].choice, costs)):
+            break
+        settled.append(MemoryUse(choice, size, count, limit_bytes, costs.num_layers))
+    return settled[-1]
+
+
+def with_split(recipe: Recipe, micro_batch_size: int, grad_accum_steps: int) -> Recipe:
+    """The recipe with each step split so."""
+    split = {"micro_batch_size": micro_batch_size, "grad_accum_steps": grad_accum_steps}
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update=split)})
+
+
+def split_as_stored(recipe: Recipe, stored: Mapping[str, Any]) -> Recipe:
+    """A recipe that leaves the split of a step open, with the one of a checkpoint's keys where it is as many packs."""
+    size, count = stored.get("train.micro_batch_size"), stored.get("train.grad_accum_steps")
+    if recipe.train.memory == "fixed" or not isinstance(size, int) or not isinstance(count, int):
+        return recipe
+    same = size * count == recipe.train.micro_batch_size * recipe.train.grad_accum_steps
+    return with_split(recipe, size, count) if same else recipe
+
+
+def _splits(recipe: Recipe, bound: Mapping[str, Any] | None) -> list[tuple[int, int]]:
+    """Micro-batch sizes to try, and how many a step has of each, smallest first: one where nothing is open."""
+    if recipe.train.memory == "auto" and bound is None:
+        total = recipe.train.micro_batch_size * recipe.train.grad_accum_steps
+        return [(size, total // size) for size in range(1, total + 1) if total % size == 0]
+    train = (recipe if bound is None else split_as_stored(recipe, bound)).train
+    return [(train.micro_batch_size, train.grad_accum_steps)]
+
+
+def _limit(section: TrainSection, device: torch.device, costs: Costs) -> int:
+    if section.memory_limit_gib is None:
+        return available_bytes(device, costs.model_bytes)
+    return int(section.memory_limit_gib * 2**30)
+
+
+def _is_slower(choice: Choice, other: Choice, costs: Costs) -> bool:
+    return rerun_layers(costs, choice.checkpointing) > rerun_layers(costs, other.checkpointing)
+
+
 def settle_speed(
-    recipe: Recipe, causal: CausalModel, table: TokenTable, loader: Loader, num_weights: int, dtype: torch.dtype
+    recipe: Recipe, memory: MemoryUse, causal: CausalModel, loader: Loader, num_weights: int, dtype: torch.dtype
 ) -> Speed:
-    """Choose what the recipe leaves open, for the heaviest micro-batch the data can give, and put it in place."""
-    device = causal.head.weight_VH.device
-    choice = _choose(recipe, causal, table, device)
+    """Put the settled use of memory in place, and compile the layers where that pays."""
+    choice, device = memory.choice, causal.head.weight_VH.device
     compiled, why = _settle_compile(recipe, choice, loader, num_weights, device)
     if compiled:
         compile_layers(causal.model)
     apply_checkpointing(causal.model, choice.checkpointing)
-    layers = decoder_layers(causal.model)
-    for layer in layers[: choice.resident_layers]:
+    for layer in decoder_layers(causal.model)[: choice.resident_layers]:
         keep_dense(layer, dtype)
-    return Speed(choice, len(layers), compiled, why)
-
-
-def _choose(recipe: Recipe, causal: CausalModel, table: TokenTable, device: torch.device) -> Choice:
-    section, packed = recipe.train, recipe.data.batching == "packed"
-    longest = int(table.lengths.max())
-    # Above PLAIN_TOKENS attention holds no scores: rows of just that length are the heaviest.
-    num_tokens, row_tokens = (recipe.data.seq_len, min(longest, PLAIN_TOKENS)) if packed else (longest, longest)
-    batch = trial_batch(section.micro_batch_size, num_tokens, row_tokens, packed=packed).to(device)
-    costs = measure_costs(causal, batch, section.optimizer)
-    if section.memory_limit_gib is None:
-        limit_bytes = available_bytes(device, costs.model_bytes)
-    else:
-        limit_bytes = int(section.memory_limit_gib * 2**30)
-    resident = section.resident_layers if section.fused else 0
-    asked = Asked(section.checkpointing, section.checkpoint_every, section.offload_checkpoints, resident)
-    return choose(costs, limit_bytes, asked)
+    return Speed(memory, compiled, why)
 
 
 def _settle_compile(

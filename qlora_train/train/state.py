@@ -19,12 +19,14 @@ NEUTRAL_KEYS = frozenset(
         "data.max_eval_rows",
         "train.save_every",
         "train.keep",
+        "train.on_disk_full",
         # The same bits, however memory is spent: tests/numerics/test_checkpointing.py and test_fused_linear.py.
         "train.checkpointing",
         "train.checkpoint_every",
         "train.offload_checkpoints",
         "train.resident_layers",
         "train.memory_limit_gib",
+        "train.memory",  # bound by what it came to
         "train.compile",  # bound by what it came to
         "export.export_dtype",
         "export.shard_gib",
@@ -32,6 +34,8 @@ NEUTRAL_KEYS = frozenset(
         "export.max_kl_frac",
         "run.dir",
         "run.log_every",
+        "run.trackers",
+        "run.tracker_project",
         "model.path",  # the base is bound by its fingerprint, the data by theirs, wherever they lie
         "model.revision",
         "model.chat_template",
@@ -57,6 +61,7 @@ class TrainState:
     train_s: float = 0.0
     best_step: int | None = None
     best_eval_loss: float | None = None
+    evaluation_due: bool = False  # of this step: memory ran out in it
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -64,9 +69,9 @@ class TrainState:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> TrainState:
-        """The inverse of `as_dict`; ResumeError when a key is missing or unknown."""
+        """The inverse of `as_dict`; ResumeError when a key is missing, but for `evaluation_due`, or unknown."""
         names = {field.name for field in fields(cls)}
-        if set(data) != names:
+        if set(data) | {"evaluation_due"} != names:
             raise ResumeError(
                 f"state.json has the keys {sorted(data)}, expected {sorted(names)}", fix="use another step"
             )
@@ -81,6 +86,7 @@ class Binding:
     data: str
     template: str
     recipe: dict[str, Any]
+    tokenizer: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -88,7 +94,12 @@ class Binding:
 
     def refuse_difference(self, stored: dict[str, Any]) -> None:
         """ResumeError with a table of old and new values when the stored binding is not this one."""
-        names = {"base": "the base model", "data": "the training data", "template": "the chat template or tokenizer"}
+        names = {
+            "base": "the base model",
+            "data": "the training data",
+            "template": "the chat template",
+            "tokenizer": "the tokenizer",
+        }
         differing = [
             f"{what}: {str(stored.get(key))[:16]} at the checkpoint, {getattr(self, key)[:16]} now"
             for key, what in names.items()

@@ -15,6 +15,8 @@ from qlora_train.memory.available import return_freed_memory
 from qlora_train.model.causal import CausalModel
 from qlora_train.seeds import derive_seed
 
+HALF_UPDATED = "the optimiser failed in the middle of its update: adapter and moments are partly those of the next step"
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -57,7 +59,10 @@ def train_step(
     learning_rate: float,
     max_grad_norm: float,
 ) -> StepResult:
-    """Forward, backward, clip, update. Raises NumericsError before the update when loss or gradient is not finite."""
+    """Forward, backward, clip, update. Raises NumericsError before the update when loss or gradient is not finite.
+
+    An exception leaves adapter and moments as they were, unless it bears the note HALF_UPDATED.
+    """
     loss = accumulate_gradients(causal, batches, accelerator, seed=seed, step=step)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     grads = [p.grad for p in parameters if p.grad is not None]
@@ -73,7 +78,11 @@ def train_step(
         nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, torch.tensor(norm, device=parameters[0].device))
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
-    optimizer.step()
+    try:
+        optimizer.step()
+    except Exception as error:
+        error.add_note(HALF_UPDATED)
+        raise
     optimizer.zero_grad(set_to_none=True)
     if accelerator.device.type == "cpu":
         return_freed_memory()

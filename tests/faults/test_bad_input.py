@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from tests.commandline import Outcome, chat_rows, run_cli, write_recipe, write_rows
+from tests.commandline import chat_rows, run_cli, write_recipe, write_rows
+from tests.spoil import edit_json, edit_tensors, refused
 from tests.tiny import build_tiny_llama
-
-
-def refused(outcome: Outcome, code: int, *words: str) -> None:
-    assert outcome.code == code, (outcome.code, outcome.err)
-    assert "Traceback" not in outcome.err and "Fix:" in outcome.err, outcome.err
-    for word in words:
-        assert word in outcome.err, (word, outcome.err)
 
 
 def no_trace(folder: Path) -> None:
@@ -77,6 +70,55 @@ CASES: dict[str, tuple[Spoil, int, tuple[str, ...]]] = {
 }
 
 
+# Texts in place of a recipe, or behind a sound one (`...`), with the place and the words of the answer.
+TEXTS: dict[str, tuple[str | bytes, tuple[str, ...]]] = {
+    "a tab": ("model:\n\tpath: x\n", ("recipe.yaml:2:1", "tabs")),
+    "an open bracket": ("model: {path: x\nrun: y\n", ("recipe.yaml:2:", "the line reads: run: y")),
+    "two documents": ("model: {path: x}\n---\nrun: {dir: y}\n", ("recipe.yaml:2:1", "one document")),
+    "code": ("model: !!python/object/apply:os.system ['touch marker']\n", ("recipe.yaml:1:8", "is not allowed")),
+    "an alias": ("model: &a {path: *a}\n", ("recipe.yaml:1:8", "anchors, aliases and merge keys")),
+    "depth": ("[" * 5000, ("recipe.yaml:1:", "levels of nesting")),
+    "nothing": ("", ("recipe.yaml:1:1", "the file is empty")),
+    "a list": ("- a\n", ("recipe.yaml:1:1", "a mapping of sections")),
+    "UTF-16": ("model: x\n".encode("utf-16"), ("recipe.yaml:1:1", "UTF-8")),
+    "NUL": ("model: \0\n", ("recipe.yaml:1:8", "is not allowed in YAML")),
+    "a newer schema": ("version: 3\n...", ("recipe.yaml:1:10", "schema 3, this build knows 1")),
+    "a key of another place": ("...lr: 1\n", ("recipe.yaml:", "learning_rate in the section train")),
+    "one key twice": ("...train: {epochs: 1}\ntrain: {epochs: 2}\n", ("given twice, at line", "keep one")),
+    "not a number": ("...train: {learning_rate: .nan}\n", ("train.learning_rate", ".nan")),
+    "a word of YAML 1.1": ("...train: {fused: yes}\n", ("train.fused: yes is not true or false",)),
+    "a time of YAML 1.1": ("...train: {max_steps: 12:30}\n", ("train.max_steps", "12:30")),
+    "an octal": ("...train: {max_steps: 010}\n", ("train.max_steps", "010")),
+    "a variable": ("...adapter: {init_from: '${HOME}/x'}\n", ("adapter.init_from", "variable")),
+    "a home of nobody": ("...adapter: {init_from: '~nobody-here/x'}\n", ("adapter.init_from", "home folder")),
+    "keys at odds": (
+        "...quant: {quant_type: none, block_size: 64}\n",
+        ("quant.block_size has no effect", "quant_type"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TEXTS)
+def test_texts_that_are_no_recipe(case: str, tmp_path: Path, tiny_llama_dir: Path) -> None:
+    text, words = TEXTS[case]
+    write_rows(tmp_path / "train.jsonl", chat_rows(2))
+    sound = f"model: {{path: {tiny_llama_dir}}}\ndata: {{train: [train.jsonl]}}\nrun: {{dir: run}}\n"
+    if isinstance(text, str):
+        text = text.replace("...", sound).encode()
+    (tmp_path / "recipe.yaml").write_bytes(text)
+    refused(run_cli("check", tmp_path / "recipe.yaml"), 2, *words)
+    assert not Path("marker").exists()
+
+
+def test_a_byte_order_mark_windows_line_ends_and_1e_4_are_fine(tmp_path: Path, tiny_llama_dir: Path) -> None:
+    """PyYAML reads 1e-4 as a text."""
+    text = write_recipe(tmp_path, tiny_llama_dir).read_text()
+    text = text.replace('"learning_rate": 0.01', '"learning_rate": 1e-4').replace("\n", "\r\n")
+    (tmp_path / "recipe.yaml").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    outcome = run_cli("check", tmp_path / "recipe.yaml")
+    assert outcome.code == 0, outcome.err
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_mistakes_in_recipe_and_data(case: str, tmp_path: Path, tiny_llama_dir: Path) -> None:
     spoil, code, words = CASES[case]
@@ -98,22 +140,19 @@ def _truncated(model: Path) -> None:
 
 
 def _without_a_tensor(model: Path) -> None:
-    path = model / "model.safetensors"
-    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
-    tensors.pop("model.layers.1.mlp.up_proj.weight")
-    save_file(tensors, path, metadata={"format": "pt"})
+    edit_tensors(model / "model.safetensors", lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
 
 
-def _with_nan(model: Path) -> None:
-    path = model / "model.safetensors"
-    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
-    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
-    save_file(tensors, path, metadata={"format": "pt"})
+def _with(value: float) -> Callable[[Path], None]:
+    def spoil(model: Path) -> None:
+        edit_tensors(model / "model.safetensors", lambda t: t["model.layers.1.mlp.up_proj.weight"][0, :2].fill_(value))
+
+    return spoil
 
 
-def _edit_config(model: Path, **changes: object) -> None:
-    path = model / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+def _smaller_vocabulary(model: Path) -> None:
+    shutil.rmtree(model)
+    build_tiny_llama(model, vocab_size=64)
 
 
 def _pickle_only(model: Path) -> None:
@@ -124,17 +163,22 @@ def _pickle_only(model: Path) -> None:
 MODELS: dict[str, tuple[Callable[[Path], None], int, tuple[str, ...]]] = {
     "no config": (_model_without("config.json"), 4, ("config.json",)),
     "no weights": (_model_without("model.safetensors"), 4, ("safetensors",)),
-    "truncated weights": (_truncated, 4, ("do not load",)),
+    "truncated weights": (_truncated, 4, ("model.safetensors is cut short", "bytes, where its header asks for")),
     "a tensor missing": (_without_a_tensor, 4, ("lacks 1 tensors", "up_proj")),
-    "NaN in a weight": (_with_nan, 4, ("NaN or infinity", "up_proj")),
+    "NaN in a weight": (_with(float("nan")), 4, ("model.layers.1.mlp.up_proj.weight (2 NaN, 0 infinite)",)),
+    "infinity in a weight": (_with(float("-inf")), 4, ("model.layers.1.mlp.up_proj.weight (0 NaN, 2 infinite)",)),
     "pickle only": (_pickle_only, 8, ("pickle",)),
     "own code": (
-        lambda m: _edit_config(m, model_type="own", auto_map={"AutoModelForCausalLM": "evil.Model"}),
+        lambda m: edit_json(m / "config.json", model_type="own", auto_map={"AutoModelForCausalLM": "evil.Model"}),
         8,
         ("code",),
     ),
-    "quantised already": (lambda m: _edit_config(m, quantization_config={"quant_method": "gptq"}), 4, ("gptq",)),
-    "tokenizer too large": (lambda m: _edit_config(m, vocab_size=64), 4, ("embedding",)),
+    "quantised already": (
+        lambda m: edit_json(m / "config.json", quantization_config={"quant_method": "gptq"}),
+        4,
+        ("gptq",),
+    ),
+    "tokenizer too large": (_smaller_vocabulary, 4, ("the data holds token id", "embedding has 64 rows")),
     "no chat template": (_model_without("chat_template.jinja"), 4, ("chat_template",)),
 }
 
@@ -167,68 +211,6 @@ def test_several_processes_are_refused(tmp_path: Path, tiny_llama_dir: Path, mon
 
 def test_resume_of_nothing(tmp_path: Path, tiny_llama_dir: Path) -> None:
     refused(run_cli("train", write_recipe(tmp_path, tiny_llama_dir), "--resume"), 5, "nothing to resume")
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("finished")
-    model = build_tiny_llama(folder / "model")
-    recipe = write_recipe(folder, model, train__max_steps=2, eval__generate_rows=0)
-    assert run_cli("train", recipe).code == 0
-    return folder
-
-
-def test_export_refuses_and_leaves_nothing(finished: Path, tmp_path: Path) -> None:
-    (tmp_path / "there").mkdir()
-    refused(run_cli("export", finished / "run", tmp_path / "there"), 2, "exists already")
-    refused(run_cli("export", tmp_path, tmp_path / "new"), 4, "not a run folder")
-    refused(run_cli("export", finished / "run", tmp_path / "new", "train.epochs=2"), 2, "train.epochs")
-    assert [p.name for p in tmp_path.iterdir()] == ["there"]
-
-
-def test_another_base_is_refused(finished: Path, tmp_path: Path) -> None:
-    """The base changed under the adapter: export, eval and chat say so instead of merging into another model."""
-    folder = tmp_path / "copy"
-    shutil.copytree(finished, folder)
-    weights = finished / "model" / "model.safetensors"
-    original = weights.read_bytes()
-    try:
-        tensors = {name: tensor.clone() for name, tensor in load_file(weights).items()}
-        tensors["model.layers.0.mlp.up_proj.weight"] += 0.01
-        save_file(tensors, weights, metadata={"format": "pt"})
-        refused(run_cli("export", folder / "run", tmp_path / "out"), 4, "up_proj", "trained on")
-        refused(run_cli("eval", folder / "run"), 4, "up_proj", "trained on base")
-        refused(run_cli("chat", folder / "run", "--once", "x"), 4, "trained on base")
-        assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".tmp-*"))
-    finally:
-        weights.write_bytes(original)
-
-
-def _spoil_adapter(run: Path, name: str) -> str:
-    path = run / "adapter" / "adapter_model.safetensors"
-    if name == "alpha":
-        config = run / "adapter" / "adapter_config.json"
-        config.write_text(json.dumps(json.loads(config.read_text()) | {"lora_alpha": float("nan")}))
-        return "adapter_config.json"
-    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
-    first = min(tensors)
-    if name == "nan":
-        tensors[first][0, 0] = float("nan")
-    elif name == "missing":
-        tensors.pop(first)
-    elif name == "extra":
-        tensors["base_model.model.model.layers.9.mlp.up_proj.lora_A.weight"] = torch.zeros(4, 128)
-    save_file(tensors, path, metadata={"format": "pt"})
-    return ""
-
-
-@pytest.mark.parametrize("damage", ["nan", "missing", "extra", "alpha"])
-def test_a_spoilt_adapter_is_refused(finished: Path, tmp_path: Path, damage: str) -> None:
-    shutil.copytree(finished / "run", tmp_path / "run")
-    word = _spoil_adapter(tmp_path / "run", damage)
-    refused(run_cli("export", tmp_path / "run", tmp_path / "out"), 4, word)
-    refused(run_cli("eval", tmp_path / "run"), 4, word)
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_step_that_is_not_finite_stops_before_the_update(

@@ -119,7 +119,7 @@ def test_a_damaged_checkpoint_is_passed_over(straight: Path, tmp_path: Path, dam
         content[-5] ^= 1
         weights.write_bytes(content)
     elif damage == "extra":
-        (newest / "evil.bin").write_bytes(b"x")
+        (newest / "notes.txt").write_bytes(b"x")
     else:
         (newest / "MANIFEST.json").unlink()
     refused = run_cli("train", folder / "recipe.yaml", "--resume", "--from", "4")

@@ -120,7 +120,7 @@ def test_without_boundaries_the_test_finds_the_leak(family: str, monkeypatch: py
     width = batch.input_ids.shape[1]
     monkeypatch.setattr(
         "qlora_train.model.attention.RowBoundaries",
-        lambda _starts, _lengths, size, device: RowBoundaries((0, width, 2 * width), (width,) * 3, size, device),
+        lambda _starts, _lengths, size, *rest: RowBoundaries((0, width, 2 * width), (width,) * 3, size, *rest),
     )
     others, _ = leaks(adapted(family), batch)
     assert {2, 6} <= set(others)

@@ -11,8 +11,8 @@ import pytest
 from tests.structure.source_tree import PACKAGE, parse, python_files, relative
 
 LAYERS: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "names", "seeds"}),
-    frozenset({"recipe", "quant", "artifacts", "environment"}),
+    frozenset({"errors", "names", "printable", "seeds"}),
+    frozenset({"recipe", "quant", "artifacts", "environment", "untrusted"}),
     frozenset({"data", "loss", "kernels"}),
     frozenset({"adapters"}),
     frozenset({"model"}),

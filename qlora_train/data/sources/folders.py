@@ -11,6 +11,7 @@ from qlora_train.data.sources.arrow import ArrowSource
 from qlora_train.data.sources.base import Source
 from qlora_train.data.sources.parquet import ParquetSource
 from qlora_train.recipe.sources import SUFFIXES
+from qlora_train.untrusted import refuse_links_out
 
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}.*")
 _COMMON_SPLITS = "train|training|test|testing|validation|valid|val|dev|eval|evaluation"
@@ -34,7 +35,7 @@ def open_folder(name: str, folder: Path, split: str) -> Source:
     entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
     data = [entry for entry in entries if entry.suffix.lower() in SUFFIXES and entry.is_file()]
     if data and all(entry.suffix.lower() == ".parquet" for entry in data):
-        return ParquetSource(name, _of_split(data, split), in_folder=True)
+        return ParquetSource(name, _inside(folder, _of_split(data, split)), in_folder=True)
     if data:
         names = ", ".join(entry.name for entry in data[:_MAX_NAMED])
         more = f" and {len(data) - _MAX_NAMED} more" if len(data) > _MAX_NAMED else ""
@@ -54,6 +55,12 @@ def _saved_files(folder: Path) -> list[Path]:
         if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
             raise SourceFault(f"lacks {name!r}, which its state.json lists", "copy or write the folder again")
         files.append(folder / name)
+    return _inside(folder, files)
+
+
+def _inside(folder: Path, files: list[Path]) -> list[Path]:
+    """The files; SecurityError where one is a link that leads out of the folder."""
+    refuse_links_out(folder, files)
     return files
 
 

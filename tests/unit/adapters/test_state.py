@@ -23,7 +23,7 @@ from qlora_train.adapters.state import (
     restore_adapter,
     save_adapter,
 )
-from qlora_train.errors import ModelError
+from qlora_train.errors import ModelError, SecurityError
 
 
 def read(path: Path) -> dict[str, torch.Tensor]:
@@ -92,8 +92,15 @@ def test_a_config_that_is_missing_or_damaged_is_refused(folder: Path, content: s
 
 
 def test_weights_that_are_missing_are_refused(folder: Path) -> None:
-    (folder / WEIGHTS).rename(folder / "adapter_model.bin")
+    (folder / WEIGHTS).rename(folder / "elsewhere")
     with pytest.raises(ModelError, match=f"holds no {WEIGHTS}"):
+        load_adapter_config(folder)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", "notes.txt"])
+def test_a_pickle_in_the_folder_is_refused_by_name_or_content(folder: Path, name: str) -> None:
+    (folder / name).write_bytes(b"\x80\x04N." if name == "notes.txt" else b"anything")
+    with pytest.raises(SecurityError, match=f"{name}, a pickle"):
         load_adapter_config(folder)
 
 

@@ -6,25 +6,32 @@ import errno
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from safetensors import SafetensorError
 
 import qlora_train
 from qlora_train.artifacts import (
     MANIFEST,
+    REPLACED_PREFIX,
     TEMPORARY_PREFIX,
     TRASH_PREFIX,
     RunDir,
+    _sealed,
     explained,
+    is_full,
     locked,
     manifest_faults,
     publishing,
     read_json,
+    read_manifest,
     retire,
     sweep,
     write_file,
@@ -95,9 +102,35 @@ def test_explained_says_what_where_and_how_much_room() -> None:
         file.write("x")
 
 
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (errno.ENOSPC, [r"\(12\.5 MiB needed, [\d,]+ MiB free\)", "free space there"]),
+        (errno.EDQUOT, ["quota exceeded", "within your quota"]),
+        (errno.EFBIG, ["too large", "ulimit -f"]),
+        (errno.EROFS, ["Read-only file system", "mount the file system writable"]),
+        (errno.EACCES, [r"is d[rwx-]{9} of \S+; this process runs as \S+\)", "change the permissions"]),
+        (errno.EIO, ["Input/output error", "the disk or the way to it fails"]),
+        (errno.EXDEV, ["cross-device", "choose another folder"]),
+    ],
+)
+def test_each_cause_has_its_own_way_out(tmp_path: Path, number: int, words: list[str]) -> None:
+    """The same words whether Python's error or safetensors' says it."""
+    said = []
+    for error in (OSError(number, "x"), SafetensorError(f"Error while serializing: x (os error {number})")):
+        with pytest.raises(MachineError) as caught, explained(tmp_path, num_bytes=25 * 2**19):
+            raise error
+        said.append(str(caught.value))
+        assert is_full(caught.value) == (number in (errno.ENOSPC, errno.EDQUOT))
+    assert said[0] == said[1] and str(tmp_path) in said[0]
+    for word in words:
+        assert re.search(word, said[0]), (word, said[0])
+
+
 def test_explained_leaves_other_exceptions_alone(tmp_path: Path) -> None:
-    with pytest.raises(KeyError), explained(tmp_path):
-        raise KeyError("ours")
+    for error in (KeyError("ours"), SafetensorError("header too large")):
+        with pytest.raises(type(error)), explained(tmp_path):
+            raise error
 
 
 def test_a_file_in_place_of_the_folder(tmp_path: Path) -> None:
@@ -132,7 +165,9 @@ def test_publishing_appears_whole_with_a_manifest_of_sizes_and_hashes(tmp_path: 
     assert names(target.parent) == {"step-000007"} and names(target) == {"weights.bin", MANIFEST}
     manifest = json.loads((target / MANIFEST).read_text())
     digest = hashlib.sha256(WEIGHTS).hexdigest()
-    assert manifest == {"schema": 1, "step": 7, "files": {"weights.bin": {"bytes": 1280, "sha256": digest}}}
+    said = {"schema": 2, "step": 7, "files": {"weights.bin": {"bytes": 1280, "sha256": digest}}}
+    seal = hashlib.sha256(json.dumps(said, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    assert manifest == {**said, "sha256": seal} == read_manifest(target)
     assert manifest_faults(target) == []
 
 
@@ -184,13 +219,30 @@ def _extra(folder: Path) -> None:
     (folder / "sub" / "extra").write_text("x")
 
 
-def _edit(change: Callable[[dict[str, dict[str, object]]], object]) -> Callable[[Path], None]:
+def _edit(change: Callable[[dict[str, Any]], object], *, seal: bool = False) -> Callable[[Path], None]:
+    """Change the manifest, and its own hash too where `seal` says so."""
+
     def edit(folder: Path) -> None:
         manifest = json.loads((folder / MANIFEST).read_text())
-        change(manifest["files"])
-        (folder / MANIFEST).write_text(json.dumps(manifest))
+        change(manifest)
+        write_json(folder / MANIFEST, _sealed(manifest) if seal else manifest)
 
     return edit
+
+
+def _set_hash(manifest: dict[str, Any]) -> None:
+    manifest["files"]["weights.bin"]["sha256"] = "0" * 64
+
+
+def _cut_manifest(folder: Path) -> None:
+    (folder / MANIFEST).write_bytes((folder / MANIFEST).read_bytes()[:-1])
+
+
+def _add_outside(manifest: dict[str, Any]) -> None:
+    manifest["files"]["../x"] = manifest["files"]["weights.bin"]
+
+
+EDITED = f"{MANIFEST}: changed since it was written"
 
 
 def _manifest(content: str | None) -> Callable[[Path], None]:
@@ -210,11 +262,16 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "missing": (lambda f: (f / "sub" / "empty").unlink(), "sub/empty: missing"),
     "extra": (_extra, f"sub/extra: not in {MANIFEST}"),
     "link": (_link, "weights.bin: missing"),
-    "edited hash": (_edit(lambda files: files["weights.bin"].update(sha256="0" * 64)), "weights.bin: SHA-256 mismatch"),
-    "edited size": (_edit(lambda files: files["weights.bin"].update(bytes=1)), "weights.bin: 1,280 of 1 bytes"),
-    "entry removed": (_edit(lambda files: files.pop("weights.bin")), f"weights.bin: not in {MANIFEST}"),
-    "entry added": (_edit(lambda files: files.update({"../x": files["weights.bin"]})), "../x: missing"),
-    "entry without hash": (_edit(lambda files: files["weights.bin"].pop("sha256")), MANIFEST),
+    "edited hash": (_edit(lambda m: m["files"]["weights.bin"].update(sha256="0" * 64)), EDITED),
+    "edited size": (_edit(lambda m: m["files"]["weights.bin"].update(bytes=1)), EDITED),
+    "edited step": (_edit(lambda m: m.update(step=8)), EDITED),
+    "entry removed": (_edit(lambda m: m["files"].pop("weights.bin")), EDITED),
+    "another hash, sealed": (_edit(_set_hash, seal=True), "weights.bin: SHA-256 mismatch"),
+    "entry removed, sealed": (_edit(lambda m: m["files"].pop("weights.bin"), seal=True), "weights.bin: not in"),
+    "entry added, sealed": (_edit(_add_outside, seal=True), "../x: missing"),
+    "entry without hash, sealed": (_edit(lambda m: m["files"]["weights.bin"].pop("sha256"), seal=True), MANIFEST),
+    "manifest without its last byte": (_cut_manifest, EDITED),
+    "schema of another build": (_edit(lambda m: m.update(schema=3)), f"{MANIFEST}: schema 3, this build knows 2"),
     "no manifest": (_manifest(None), MANIFEST),
     "empty manifest": (_manifest(""), MANIFEST),
     "torn manifest": (_manifest('{"files": {'), MANIFEST),
@@ -238,6 +295,38 @@ def test_a_manifest_sees_all_damage(tmp_path: Path, damage: str) -> None:
 def test_retire_removes_the_folder_and_its_trash(tmp_path: Path) -> None:
     retire(publish(tmp_path / "target"))
     assert names(tmp_path) == set()
+
+
+def test_replacing_leaves_the_new_folder_alone(tmp_path: Path) -> None:
+    target = publish(tmp_path / "target")
+    with publishing(target, manifest={"step": 8}, replace=True) as folder:
+        (folder / "other").write_text("x")
+    assert names(tmp_path) == {"target"} and names(target) == {"other", MANIFEST}
+    assert read_manifest(target)["step"] == 8
+
+
+def test_a_replacement_that_fails_leaves_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = publish(tmp_path / "target")
+    rename = Path.rename
+
+    def failing(self: Path, to: Path) -> Path:
+        return full_disk() if self.name.startswith(TEMPORARY_PREFIX) else rename(self, to)  # type: ignore[func-returns-value, return-value]
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(MachineError), publishing(target, manifest={"step": 8}, replace=True):
+        pass
+    assert names(tmp_path) == {"target"} and manifest_faults(target) == []
+
+
+def test_sweep_gives_a_replaced_folder_its_name_back_only_where_the_place_is_empty(tmp_path: Path) -> None:
+    """What a kill between the two renames of a replacement leaves; and one after them."""
+    publish(tmp_path / f"{REPLACED_PREFIX}one")
+    publish(tmp_path / f"{REPLACED_PREFIX}two")
+    publish(tmp_path / "two")
+    (tmp_path / "two" / "new").write_text("x")
+    sweep(tmp_path)
+    assert names(tmp_path) == {"one", "two"} and "new" in names(tmp_path / "two")
+    assert manifest_faults(tmp_path / "one") == []
 
 
 def test_sweep_removes_leftovers_and_nothing_else(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +11,6 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from qlora_train.data import template as template_module
-from qlora_train.data.sandbox import Sandbox
 from qlora_train.data.table import TokenRow, TokenTable
 
 CHATML = (
@@ -53,36 +51,6 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def build_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
     """Builds a tokenizer that a test may change."""
     return _build_tokenizer
-
-
-class _KeptSandbox(Sandbox):
-    """A sandbox that stays open when a renderer closes it."""
-
-    kept = False
-
-    def close(self) -> None:
-        if not self.kept:
-            super().close()
-
-
-@pytest.fixture(scope="module")
-def shared_workers() -> Iterator[None]:
-    """Renderers of a module share one worker a template: starting one takes 0.2 s."""
-    opened: dict[str, _KeptSandbox] = {}
-
-    def shared(templates: Sequence[str], variables: Mapping[str, str], name: str, where: str | None) -> Sandbox:
-        key = json.dumps([*templates, *variables.items()])
-        if key not in opened:
-            opened[key] = _KeptSandbox(templates, variables, name, where)
-            opened[key].kept = True
-        return opened[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(template_module, "Sandbox", shared)
-        yield
-    for sandbox in opened.values():
-        sandbox.kept = False
-        sandbox.close()
 
 
 @pytest.fixture

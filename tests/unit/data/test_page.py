@@ -74,6 +74,7 @@ def split_of(**changes: Any) -> dict[str, Any]:
             {"fate": "rejected", "reason": "weight # is negative", "count": 20, "examples": ["a.jsonl:9: weight -1"]}
         ],
         "sources": [{"name": "a.jsonl", "format": "alpaca", "weight": 2.5, "num_rows": 1234, "num_trained": 1200}],
+        "num_pieces": 1200,
         "num_tokens": 80_000,
         "num_supervised_tokens": 20_000,
         "num_lost_tokens": 2_051,
@@ -107,6 +108,11 @@ def test_every_number_of_a_split_is_on_the_page() -> None:
         "31 spelled as text, 32 taken as the tokens they spell; 33 answers are context only",
     ):
         assert part in " ".join(re.sub(r"\s+", " ", " ".join(text for _, text in page.texts)).split()), part
+
+
+def test_rows_that_are_trained_in_pieces_say_in_how_many() -> None:
+    assert "in the sources, in 1,450 pieces" in page_of(split_of(num_pieces=1450)).text
+    assert "pieces" not in page_of().text
 
 
 def test_every_fate_has_its_count_its_share_and_its_meaning() -> None:

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from qlora_train.data.preview import MAX_TOKENS, PreviewToken, preview, printable, rows_to_look_at
+from qlora_train.data.preview import MAX_TOKENS, PreviewToken, preview, rows_to_look_at
 from qlora_train.data.table import TokenRow, TokenTable
+from qlora_train.printable import printable
 
 
 def row_of(ids: list[int], *spans: tuple[int, int, float]) -> TokenRow:

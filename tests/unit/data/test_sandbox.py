@@ -16,10 +16,10 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from qlora_train.data import sandbox
+from qlora_train.data.parity import frozen_clock
 from qlora_train.data.sandbox import Sandbox
 from qlora_train.data.specials import to_json
 from qlora_train.errors import ModelError, SecurityError
-from qlora_train.export.parity import frozen_clock
 
 MESSAGES: list[dict[str, Any]] = [
     {"role": "system", "content": "<b>Be & brief</b>", "name": None},

@@ -99,12 +99,12 @@ def test_pieces_hold_every_token_and_supervise_each_once(lengths: list[int], max
         rows.append(TokenRow(np.arange(length, dtype=np.int32), spans[:, 0], spans[:, 1], weights))
     chosen = np.arange(len(rows))[::-1]
     pieces = TokenTable.of_rows(rows).take_pieces(chosen, max_tokens)
-    found = pieces.rows(range(pieces.num_rows))
+    found, places = pieces.rows(range(pieces.num_rows)), pieces.places(range(pieces.num_rows))
     assert pieces.lengths.tolist() == [len(piece.ids) for piece in found]
     assert max(pieces.lengths) <= max_tokens and min(pieces.lengths) >= 2
     assert pieces.num_supervised.tolist() == [int(piece.supervised().sum()) for piece in found]
     for index in chosen:
-        mine = [piece for i, piece in enumerate(found) if pieces.where(i) == f"rows.jsonl:{index + 1}"]
+        mine = [piece for piece, place in zip(found, places, strict=True) if place == f"rows.jsonl:{index + 1}"]
         ids = [mine[0].ids, *(piece.ids[1:] for piece in mine[1:])]
         assert np.concatenate(ids).tolist() == rows[index].ids.tolist()
         assert [int(piece.ids[0]) for piece in mine[1:]] == [int(piece.ids[-1]) for piece in mine[:-1]]

@@ -20,11 +20,11 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from qlora_train.data.encode import Encoder
+from qlora_train.data.parity import frozen_clock
 from qlora_train.data.problems import RowFault, TemplateFault
 from qlora_train.data.rows import Message, MessagesRow, Tool
 from qlora_train.data.table import TokenRow
 from qlora_train.data.template import Renderer
-from qlora_train.export.parity import frozen_clock
 
 pytestmark = pytest.mark.usefixtures("shared_workers")
 

@@ -13,6 +13,7 @@ from qlora_train.model.skeleton import load_tokenizer
 from qlora_train.model.source import Source
 from tests.loading import tiny_base
 
+pytestmark = pytest.mark.usefixtures("shared_workers")
 S, E = "<|im_start|>", "<|im_end|>"
 
 

@@ -31,7 +31,7 @@ def run(path: str = "org/base-model", quant: QuantSection | None = None) -> Fini
         data=DataSection(train=(SourceSection(path="a.jsonl"),)),
         run=RunSection(dir=Path("run")),
     )
-    return FinishedRun(RunDir(Path("run")), recipe, BasePrint({}, {"quant_type": "nf4"}), commit=None)
+    return FinishedRun(RunDir(Path("run")), recipe, BasePrint({}, {"quant_type": "nf4"}), commit=None, binding={})
 
 
 def test_the_card_carries_the_figures() -> None:

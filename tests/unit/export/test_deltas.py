@@ -66,7 +66,7 @@ def test_deltas_by_the_base_s_names(folder: Path, rslora: bool, scaling: float) 
 )
 def test_what_is_more_than_plain_lora_is_refused(folder: Path, changes: dict[str, object]) -> None:
     change_config(folder, **changes)
-    with pytest.raises(ModelError, match=f"{next(iter(changes))} cannot be merged"):
+    with pytest.raises(ModelError, match=f"{next(iter(changes))} is .*: this is not plain LoRA"):
         read_deltas(folder)
 
 
@@ -75,13 +75,12 @@ def test_half_a_pair_is_refused(folder: Path, half: str) -> None:
     tensors = read(folder)
     del tensors[f"{STEM}.lora_{half}.weight"]
     save_file(tensors, folder / WEIGHTS)
-    words = "has lora_A and no lora_B" if half == "B" else f"1 tensors are no LoRA pair, first {STEM}.lora_B"
-    with pytest.raises(ModelError, match=words):
+    with pytest.raises(ModelError, match=rf"holds {STEM}.lora_[AB].weight and no {STEM}.lora_{half}.weight"):
         read_deltas(folder)
 
 
 @pytest.mark.parametrize("name", [f"{STEM}.lora_magnitude_vector", "base_model.model.lm_head.weight"])
 def test_a_stray_tensor_is_refused(folder: Path, name: str) -> None:
     save_file(read(folder) | {name: torch.ones(4)}, folder / WEIGHTS)
-    with pytest.raises(ModelError, match=f"no LoRA pair, first {name}"):
+    with pytest.raises(ModelError, match=f"{name} is no part of plain LoRA"):
         read_deltas(folder)

@@ -121,6 +121,7 @@ all_asked = st.builds(
     kind=st.sampled_from(("auto", "none", "selective", "full")),
     every=st.integers(1, 100),
     resident_layers=st.sampled_from(("auto", 0, 1)),
+    compiled=st.booleans(),
 )
 
 
@@ -135,6 +136,8 @@ def test_what_fits_stays_within_the_limit(costs: Costs, asked: Asked, limit: int
     assert choice.peak_bytes == predict_peak(costs, choice.checkpointing, choice.resident_layers)
     assert choice.fits == (choice.peak_bytes <= limit)
     assert 0 <= choice.resident_layers <= costs.num_layers
+    if asked.compiled and asked.kind == "auto":
+        assert choice.checkpointing.kind != "selective"
     if asked.kind == "auto" and not choice.fits:
         assert choice.peak_bytes <= predict_peak(costs, Checkpointing("full"), choice.resident_layers)
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
 from qlora_train.errors import ModelError
-from qlora_train.model.trained import open_run, refuse_other_base
+from qlora_train.model.binding import refuse_other_base
+from qlora_train.model.trained import open_run
+from qlora_train.quant.bnb import QuantSettings
 from qlora_train.quant.fingerprint import BasePrint, TensorPrint
 
+QUANT = QuantSettings("nf4", True, 64, "uint8")
 ENTRY = TensorPrint("a" * 64, (2, 2), "nf4", 4, True, True)
-BASE = BasePrint({"m.0.weight": ENTRY, "m.1.weight": ENTRY, "m.2.weight": ENTRY}, {"quant_type": "nf4"})
+BASE = BasePrint({"m.0.weight": ENTRY, "m.1.weight": ENTRY, "m.2.weight": ENTRY}, asdict(QUANT))
 
 
 def test_the_same_base_is_accepted() -> None:

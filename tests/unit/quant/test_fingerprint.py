@@ -102,6 +102,30 @@ def test_the_whole_survives_json(tiny_llama_dir: Path) -> None:
     assert BasePrint.from_dict(data).digest != base_print.digest
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sha256": 1},
+        {"sha256": "\ud800" * 64},
+        {"dtype": "manual_seed"},
+        {"dtype": ["nf4"]},
+        {"shape": [2, -1]},
+        {"num_bytes": "4"},
+        {"more": 1},
+    ],
+    ids=str,
+)
+def test_a_description_that_fits_no_tensor_is_refused(changes: dict[str, Any]) -> None:
+    entry = {"sha256": "a" * 64, "shape": [2], "dtype": "float32", "num_bytes": 8, "quantised": False, "finite": True}
+    data: dict[str, object] = {"tensors": {"a": entry}, "quant": {}}
+    assert BasePrint.from_dict(data).num_params == 2
+    for bad in ({"a": entry | changes}, {"\ud800": entry}):
+        with pytest.raises((TypeError, ValueError)):
+            BasePrint.from_dict({**data, "tensors": bad})
+    with pytest.raises(TypeError):
+        BasePrint.from_dict({**data, "quant": {"quant_type": "nf4"}})
+
+
 def test_the_digest_follows_names_and_not_their_order() -> None:
     entries = {name: print_tensor(torch.tensor([float(i)])) for i, name in enumerate("ab")}
     forward, backward = BasePrint(entries, {}), BasePrint(dict(reversed(entries.items())), {})

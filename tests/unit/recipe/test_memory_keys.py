@@ -34,6 +34,12 @@ def check(folder: Path, *overrides: str) -> list[Problem]:
         ),
         (["train.resident_layers=2", "quant.quant_type=none"], ["resident_layers has no effect", "quant_type is none"]),
         (["train.resident_layers=2", "train.fused=false"], ["resident_layers has no effect", "fused is false"]),
+        (["train.memory=auto", "data.batching=length_grouped"], ["train.memory: auto", "batching is length_grouped"]),
+        (
+            ["train.memory=auto", "train.micro_batch_size=1", "train.grad_accum_steps=1"],
+            ["train.memory: auto", "one pack per step"],
+        ),
+        (["train.compile=true", "train.checkpointing=selective"], ["train.compile: true", "checkpointing: selective"]),
     ],
     ids=str,
 )
@@ -51,6 +57,10 @@ def test_a_conflict_names_both_sides(tmp_path: Path, overrides: list[str], names
         ["train.resident_layers=2"],
         ["train.resident_layers=0", "quant.quant_type=none"],
         ["train.memory_limit_gib=4"],
+        ["train.memory=auto", "train.micro_batch_size=1"],
+        ["train.memory=fixed", "data.batching=length_grouped"],
+        ["train.compile=auto", "train.checkpointing=selective"],
+        ["train.compile=true", "train.checkpointing=full"],
     ],
     ids=str,
 )

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,17 +15,22 @@ import torch
 from peft import PeftModel
 
 from qlora_train.adapters.state import adapter_tensors
-from qlora_train.artifacts import MANIFEST, RunDir
-from qlora_train.errors import ResumeError
+from qlora_train.artifacts import MANIFEST, RunDir, explained
+from qlora_train.errors import MachineError, ResumeError
 from qlora_train.recipe.schema import TrainSection
+from qlora_train.train import checkpoint as checkpoint_module
 from qlora_train.train.checkpoint import (
+    Checkpoint,
+    checkpoint_bytes,
     find_checkpoint,
     list_steps,
     restore_checkpoint,
     retire_old,
     save_checkpoint,
+    when_there_is_room,
 )
 from qlora_train.train.optim import build_optimizer, optimizer_tensors, trainable_parameters
+from qlora_train.train.signals import StopRequest
 from qlora_train.train.state import Binding, TrainState
 from tests.loading import tiny_base, with_adapter
 
@@ -131,6 +140,58 @@ def test_a_damaged_newest_one_is_passed_over_with_a_warning(
     with pytest.raises(ResumeError, match="no complete checkpoint") as caught:
         find_checkpoint(run_dir)
     assert all(f"step-{step:06d}" in str(caught.value) for step in (2, 9, 10))
+
+
+def test_a_checkpoint_under_another_steps_name_is_passed_over(
+    run_dir: RunDir, model: PeftModel, optimizer: torch.optim.AdamW
+) -> None:
+    save(run_dir, 4, model, optimizer)
+    save(run_dir, 2, model, optimizer).rename(run_dir.checkpoints / "step-000009")
+    found, warnings = find_checkpoint(run_dir)
+    assert found.step == 4 and "step-000009" in warnings[0] and "a checkpoint of step 2" in warnings[0]
+    with pytest.raises(ResumeError, match="a checkpoint of step 2"):
+        find_checkpoint(run_dir, 9)
+
+
+def test_a_full_disk_says_how_much_a_checkpoint_takes(
+    run_dir: RunDir, model: PeftModel, optimizer: torch.optim.AdamW, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    saved = save(run_dir, 1, model, optimizer)
+    size = sum(path.stat().st_size for path in saved.iterdir())
+    assert 0.9 * size < checkpoint_bytes(model, optimizer) < size
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(MachineError, match=rf"step-000002: No space left .*{size / 2**20:.1f} MiB needed"):
+        save(run_dir, 2, model, optimizer)
+    assert list(list_steps(run_dir)) == [1]
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_waiting_for_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: bool) -> None:
+    """A full disk is tried again until there is room, or until the run is to end; any other error is raised."""
+    stop, said, tried = StopRequest(), [], []
+    monkeypatch.setattr(checkpoint_module, "WAIT_S", 0.01)
+
+    def save(number: int) -> Checkpoint:
+        tried.append(number)
+        with explained(tmp_path):
+            if len(tried) < 3:
+                raise OSError(number, os.strerror(number))
+        return Checkpoint(1, tmp_path)
+
+    if stopped:
+        stop.signal_number = signal.SIGTERM
+    for number, attempts in ((errno.ENOSPC, 1 if stopped else 3), (errno.EIO, 1)):
+        tried.clear()
+        if attempts == 3:
+            assert when_there_is_room(partial(save, number), said.append, stop).step == 1
+        else:
+            with pytest.raises(MachineError):
+                when_there_is_room(partial(save, number), said.append, stop)
+        assert len(tried) == attempts
+    assert len(said) == (0 if stopped else 2) and all("No space left" in text and "waits" in text for text in said)
 
 
 def test_nothing_to_find(run_dir: RunDir) -> None:

@@ -45,16 +45,34 @@ def test_a_resume_drops_later_lines_and_a_torn_one(
     assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_a_full_disk_is_kept_in_failed_and_raises_nothing(tmp_path: Path) -> None:
+def test_a_full_disk_raises_nothing_and_its_lines_are_written_later(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    metrics = Metrics(path, after_step=0)
+    said: list[str] = []
+    metrics = Metrics(path, after_step=0, warn=said.append)
+    metrics.write("train", 1)
+    path.rename(tmp_path / "aside")
     path.symlink_to("/dev/full")
-    metrics.write("train", 1, loss=1.0)
-    assert metrics.failed is not None and "No space left" in metrics.failed and str(path) in metrics.failed
+    for step in (2, 3):
+        metrics.write("train", step)
+        assert metrics.failed is not None and "No space left" in metrics.failed and str(path) in metrics.failed
+    assert len(said) == 1 and "training goes on" in said[0]
     path.unlink()
-    metrics.write("train", 2, loss=1.0)
-    assert metrics.failed is not None, "what is missing is said in the end"
-    assert [json.loads(line)["step"] for line in path.read_text().splitlines() if line] == [2]
+    (tmp_path / "aside").rename(path)
+    path.write_bytes(path.read_bytes() + b'{"kind": "tr')  # what a full disk may leave of a line
+    metrics.write("train", 4)
+    assert metrics.failed is None and [line["step"] for line in lines(path)] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("due", [False, True])
+def test_an_evaluation_that_is_still_due_is_logged_once(tmp_path: Path, due: bool) -> None:
+    """A run that was killed after the line and before its checkpoint makes the same evaluation again."""
+    path = tmp_path / "metrics.jsonl"
+    first = Metrics(path, after_step=0)
+    for kind, step in (("train", 2), ("eval", 2), ("train", 3), ("eval", 3)):
+        first.write(kind, step)
+    Metrics(path, after_step=3, evaluation_due=due)
+    kept = [(line["kind"], line["step"]) for line in lines(path)]
+    assert kept == [("train", 2), ("eval", 2), ("train", 3), *([] if due else [("eval", 3)])]
 
 
 def test_a_folder_that_is_gone_is_kept_in_failed(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -57,7 +58,7 @@ def test_the_loop_saves_the_order_of_the_next_step_s_epoch(monkeypatch: pytest.M
         return StepResult(1.0, 1.0, sum(len(batch.row_ids) for batch in batches), 1, 1)
 
     monkeypatch.setattr(loop, "train_step", step_of)
-    monkeypatch.setattr(loop, "save_checkpoint", lambda _run_dir, state, *_: saved.append(replace(state)))
+    monkeypatch.setattr(loop, "save_checkpoint", lambda _run_dir, state, *_: saved.append(replace(state)) or anything)
     monkeypatch.setattr(loop, "retire_old", lambda *_: None)
     recipe = Recipe(
         model=ModelSection(path="/models/tiny"),
@@ -65,10 +66,13 @@ def test_the_loop_saves_the_order_of_the_next_step_s_epoch(monkeypatch: pytest.M
         train=TrainSection(epochs=1e9, max_steps=4, save_every=1),
         run=RunSection(dir=tmp_path),
     )
-    anything: Any = SimpleNamespace(train=lambda: None, step=lambda *_: None, write=lambda *_, **__: None, device=CPU)
-    anything.signal_number = None
+    names = ("train", "step", "write", "sync", "saved_in", "check")
+    anything: Any = SimpleNamespace(
+        **{name: lambda *_, **__: None for name in names}, device=CPU, peak_bytes=0, folder=tmp_path
+    )
+    anything.during, anything.wants_checkpoint, anything.save_requested = lambda *_: nullcontext(), False, False
     job = Job(recipe, anything, anything, anything, anything, anything, loader_of(), None, 0, anything, anything)
-    run_loop(job, TrainState(), anything, anything)
+    run_loop(job, TrainState(), anything, anything, anything)
     digests = [loader_of().plan_digest(step) for step in (1, 2, 3, 4)]
     assert [(state.step, state.plan_sha256) for state in saved] == list(zip((1, 2, 3, 4), digests, strict=True))
     assert digests[0] == digests[1] != digests[2] == digests[3]

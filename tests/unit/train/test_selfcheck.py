@@ -46,10 +46,10 @@ def test_a_long_row_is_compared_where_there_is_one(packed: bool) -> None:
 
 
 def test_a_leak_of_long_rows_only_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    def lost_where_long(starts: Any, lengths: Any, size: int, device: torch.device) -> RowBoundaries:
+    def lost_where_long(starts: Any, lengths: Any, size: int, *rest: Any) -> RowBoundaries:
         if max(lengths) > 512:
             starts, lengths = (0,), (size,)
-        return RowBoundaries(starts, lengths, size, device)
+        return RowBoundaries(starts, lengths, size, *rest)
 
     monkeypatch.setattr("qlora_train.model.attention.RowBoundaries", lost_where_long)
     model = tiny_model("llama")
@@ -110,7 +110,7 @@ def test_the_long_row_has_neighbours_on_both_sides() -> None:
 def lost_boundaries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "qlora_train.model.attention.RowBoundaries",
-        lambda _starts, _lengths, size, device: RowBoundaries((0,), (size,), size, device),
+        lambda _starts, _lengths, size, *rest: RowBoundaries((0,), (size,), size, *rest),
     )
 
 

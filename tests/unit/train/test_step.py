@@ -12,7 +12,7 @@ from torch import nn
 
 from qlora_train.data.loader import MicroBatch
 from qlora_train.errors import NumericsError
-from qlora_train.train.step import StepResult, accumulate_gradients, train_step
+from qlora_train.train.step import HALF_UPDATED, StepResult, accumulate_gradients, train_step
 
 START = (torch.tensor([1.0, 2.0]), torch.tensor([[3.0], [4.0], [5.0]]))
 
@@ -132,3 +132,18 @@ def test_a_gradient_that_alone_is_not_finite_stops_too() -> None:
     with pytest.raises(NumericsError, match=r"gradient norm (inf|nan)"):
         step(model, [batch(1, 1)], 1.0)
     assert not update(model).any()
+
+
+def test_an_update_that_fails_says_that_it_is_half_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(*_: Any) -> None:
+        raise MemoryError
+
+    model = Linear(*DIRECTIONS)
+    monkeypatch.setattr(torch.optim.SGD, "step", no_room)
+    with pytest.raises(MemoryError) as caught:
+        step(model, [batch(1, 1)], 1.0)
+    assert caught.value.__notes__ == [HALF_UPDATED]
+    monkeypatch.setattr(model, "loss_sum", no_room)
+    with pytest.raises(MemoryError) as caught:
+        step(model, [batch(1, 1)], 1.0)
+    assert not hasattr(caught.value, "__notes__"), "nothing was changed yet"

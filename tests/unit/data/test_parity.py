@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from qlora_train.data.parity import GOLDEN_FILE, check_parity, frozen_clock, golden_prompts, write_golden
 from qlora_train.data.rows import MessagesRow, PromptCompletionRow, Row, TextRow
 from qlora_train.errors import ModelError
-from qlora_train.export.parity import GOLDEN_FILE, check_parity, frozen_clock, golden_prompts, write_golden
 from tests.tiny import build_tiny_tokenizer
 
+pytestmark = pytest.mark.usefixtures("shared_workers")
 S, E = "<|im_start|>", "<|im_end|>"
 SYSTEM = f"{S}system\nYou are a helpful assistant.{E}\n"
 CHAT = MessagesRow("a:1", ({"role": "user", "content": "df"}, {"role": "assistant", "content": "ls"}))

@@ -1,0 +1,141 @@
+"""The memory plan on a terminal."""
+
+from __future__ import annotations
+
+from rich.table import Table
+from rich.text import Text
+
+from qlora_train.api import PlanResult
+from qlora_train.cli.show import ResultConsole
+from qlora_train.memory.advice import Change
+from qlora_train.memory.constants import CONSTANTS
+from qlora_train.memory.plan import Plan
+from qlora_train.memory.table import MOST_PACKS, PlanTable
+from qlora_train.memory.terms import ON_DEVICE, Stage
+
+GIB = 2**30
+_console = ResultConsole(highlight=False)
+_IN_FEW_WORDS = {constant.source: constant.what for constant in CONSTANTS}
+_STAGE_WORDS: dict[Stage, str] = {
+    "training": "training",
+    "evaluation": "evaluation of held-out rows",
+    "generation": "answers of held-out rows",
+    "export": "export, in host memory",
+    "disk": "disk, run and export",
+}
+
+
+def planned(result: PlanResult) -> None:
+    """Bytes by cause, the peak of each stage, the verdict, and what to change."""
+    plan = result.plan
+    _console.print(Text(f"{plan.request.recipe.model.path} on {result.device}", "bold"))
+    _console.print(Text(_settings(plan)))
+    _console.print()
+    _causes(plan)
+    _console.print()
+    _stages(result)
+    _console.print()
+    for note in plan.notes:
+        _console.print(Text(f"assumed: {note}", "dim"))
+    if plan.formula_bytes is not None:
+        traced = plan.traced_bytes()
+        _console.print(
+            Text(
+                f"cross-check: the closed formula gives {_gib(plan.formula_bytes)} for what is traced, "
+                f"{plan.formula_bytes / traced - 1:+.1%}",
+                "dim",
+            )
+        )
+    _verdict(result)
+
+
+def _settings(plan: Plan) -> str:
+    s = plan.settings()
+    recomputed = (
+        "no layer is computed again"
+        if not s["recomputed_layers"]
+        else f"{s['recomputed_layers']} of {s['num_layers']} layers are computed again ({s['checkpointing']})"
+    )
+    resident = f", {s['resident_layers']} stay dense" if s["resident_layers"] else ""
+    return (
+        f"micro-batches of {s['micro_batch_size']} x {s['seq_len']:,} tokens, r = {s['r']}, {s['optimizer']}; "
+        f"{recomputed}{resident}"
+    )
+
+
+def _causes(plan: Plan) -> None:
+    """The terms of training, largest first."""
+    table = _table("training", "GiB", "how", "what")
+    for term in plan.of("training"):
+        size = f"{term.num_bytes / GIB:.2f}" if term.num_bytes >= GIB / 200 else "< 0.01"
+        table.add_row(term.cause, size, term.how, _IN_FEW_WORDS.get(term.source, term.source))
+    _console.print(table)
+
+
+def _stages(result: PlanResult) -> None:
+    """The peak of each stage beside what there is."""
+    plan, limit = result.plan, result.limit_bytes
+    table = _table("peak of", "GiB", "", "")
+    for stage, words in _STAGE_WORDS.items():
+        peak = plan.peak_bytes(stage)
+        if peak:
+            of_limit = f"{peak / limit:.0%} of the device" if limit and stage in ON_DEVICE else ""
+            table.add_row(words, f"{peak / GIB:.2f}", of_limit, "")
+    _console.print(table)
+
+
+def _verdict(result: PlanResult) -> None:
+    if result.limit_bytes is None:
+        return
+    plan, limit = result.plan, result.limit_bytes
+    room = limit - plan.device_bytes
+    if result.fits:
+        _console.print(Text(f"It fits: {_gib(plan.device_bytes)} of {_gib(limit)}, {_gib(room)} left.", "bold green"))
+        if result.changes:
+            _console.print(Text("What the room is good for:"))
+            _changes(result.changes)
+        return
+    what = _STAGE_WORDS[plan.tightest]
+    _console.print(
+        Text(f"It does not fit: {what} needs {_gib(plan.device_bytes)}, there is {_gib(limit)}.", "bold red")
+    )
+    if result.changes:
+        _console.print(Text("What to change, in the order of what it costs in speed:"))
+        _changes(result.changes)
+
+
+def _changes(changes: tuple[Change, ...]) -> None:
+    table = _table("change", "peak GiB", "saves GiB", "time of a step", "fits", "")
+    for change in changes:
+        time = "the same" if abs(change.slowdown_frac) < 0.005 else f"{change.slowdown_frac:+.0%}"
+        why = change.why + ("; changes what is learnt" if change.changes_training else "")
+        saves = f"{change.saved_bytes / GIB:.2f}"
+        table.add_row(change.text, f"{change.peak_bytes / GIB:.2f}", saves, time, "yes" if change.fits else "no", why)
+    _console.print(table)
+
+
+def table(found: PlanTable) -> None:
+    """The largest micro-batch for every model, length and card."""
+    for model in dict.fromkeys(row.model for row in found.rows):
+        _console.print(Text(model, "bold"))
+        shown = _table("tokens a pack", "least GiB", *(f"{c.nominal_gb} GB ({c.name})" for c in found.cards))
+        for row in found.rows:
+            if row.model == model:
+                cells = [f"{n}+" if n == MOST_PACKS else str(n) if n else "-" for n in row.packs]
+                shown.add_row(f"{row.seq_len:,}", f"{row.least_bytes / GIB:.2f}", *cells)
+        _console.print(shown)
+        _console.print()
+    _console.print(Text(f"Packs of a micro-batch that fit; - where not one does. {found.settings}.", "dim"))
+    _console.print(Text("Sizes stand for the card of that size with the least memory; --gpu names others.", "dim"))
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:.2f} GiB"
+
+
+def _table(*columns: str) -> Table:
+    shown = Table(box=None, pad_edge=False, header_style="bold")
+    for index, column in enumerate(columns):
+        number = column == "GiB" or column.endswith((" GiB", "step")) or column.split(" ")[0].isdigit()
+        shown.add_column(column, justify="right" if number and index else "left", overflow="fold")
+    return shown

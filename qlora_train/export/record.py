@@ -1,0 +1,31 @@
+"""A line in the run folder for each merge: what was exported where, and the verdict on it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from qlora_train.adapters.state import WEIGHTS
+from qlora_train.artifacts import MANIFEST, read_json
+from qlora_train.export.verify import Verdict
+from qlora_train.model.trained import FinishedRun
+
+
+def record_export(run: FinishedRun, target: Path, verdict: Verdict) -> None:
+    """Append to exports.jsonl. A run folder that cannot be written to does not undo an export: the line is missing."""
+    manifest = read_json(run.run_dir.adapter / MANIFEST)
+    line = {
+        "folder": str(target.absolute()),
+        "export_dtype": run.recipe.export.export_dtype,
+        "adapter_sha256": manifest["files"][WEIGHTS]["sha256"],
+        "accepted": verdict.accepted,
+        "num_rows": verdict.num_rows,
+        "split": verdict.split,
+        "max_kl_frac": verdict.max_kl_frac,
+        "merged": asdict(verdict.merged),
+        "adapter_off": asdict(verdict.adapter_off),
+    }
+    with contextlib.suppress(OSError), run.run_dir.exports.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")

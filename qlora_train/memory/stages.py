@@ -1,0 +1,98 @@
+"""Stages of a run that are not traced: generation, export and disk, by formulas of what the code holds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from qlora_train.memory.constants import HOST_LIBRARIES
+from qlora_train.memory.estimate import Request, Shallow
+from qlora_train.memory.meta import MetaModel
+from qlora_train.memory.terms import Term
+from qlora_train.model.checkpointing import decoder_layers
+from qlora_train.model.source import GGUF_SUFFIX
+
+
+def generation_terms(request: Request, model: MetaModel) -> Iterator[Term]:
+    """What answers of held-out rows hold besides the model: prompts of the longest row, and so many new tokens."""
+    section, config = request.recipe.eval, request.config.get_text_config()
+    num_lines, num_prompt = section.batch_size, request.row_tokens
+    num_positions = num_prompt + section.max_new_tokens
+    width = model.style.compute_dtype.itemsize
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    num_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    layer = 2 * num_lines * num_positions * num_kv_heads * head_dim * width
+    yield Term(
+        "generation",
+        "keys and values",
+        (config.num_hidden_layers + 1) * layer,
+        "formula",
+        "2 x rows x positions x key heads x head dim x bytes, each layer; one layer twice while it grows",
+    )
+    repeated = 2 * num_lines * num_prompt * config.num_attention_heads * head_dim * width
+    yield Term(
+        "generation",
+        "attention of prompts",
+        num_lines * num_prompt**2 + (repeated if num_kv_heads != config.num_attention_heads else 0),
+        "formula",
+        "mask of rows x prompt x prompt bytes (prompts are padded on the left); keys and values of every query head",
+    )
+
+
+def parameter_counts(shallow: Shallow) -> tuple[int, int]:
+    """Weights of the whole base, 4-bit ones counted as weights, and of its largest tensor."""
+    sizes, layer = _sizes(shallow.model.model), _sizes(decoder_layers(shallow.model.model)[-1])
+    return sum(sizes) + shallow.num_more * sum(layer), max(sizes)
+
+
+def _sizes(module: nn.Module) -> list[int]:
+    return [
+        math.prod(p.quant_state.shape if hasattr(p, "quant_state") else p.shape)
+        for p in module.parameters()
+        if not p.requires_grad
+    ]
+
+
+def export_terms(request: Request, shallow: Shallow) -> Iterator[Term]:
+    """Host memory of an export: merging holds one tensor at a time, the verification one whole model in float32."""
+    num_weights, largest = parameter_counts(shallow)
+    width = _export_width(request)
+    yield Term(
+        "export",
+        "merged model in float32",
+        4 * num_weights,
+        "formula",
+        "4 bytes a weight; the verification compares it with the trained model"
+        + ("; it lies on the card instead where 1.2 times as much is free there" if request.device == "cuda" else ""),
+    )
+    yield Term("export", "largest tensor", (width + 4) * largest, "formula", "once as stored, once in float32")
+    yield Term("export", HOST_LIBRARIES.cause, HOST_LIBRARIES.num_bytes, "constant", HOST_LIBRARIES.source)
+
+
+def disk_terms(request: Request, shallow: Shallow) -> Iterator[Term]:
+    """What a run and its export leave on disk, and need for a moment."""
+    recipe = request.recipe
+    num_weights, _ = parameter_counts(shallow)
+    adapter = 4 * shallow.num_trainable
+    checkpoint = adapter + shallow.optimizer_bytes()
+    if recipe.model.path.endswith(GGUF_SUFFIX):
+        yield Term("disk", "cache of the base", 2 * num_weights, "formula", "the GGUF file's weights in bfloat16, once")
+    elif not recipe.model.path.startswith(("/", "package:")):
+        yield Term("disk", "download of the base", 2 * num_weights, "formula", "16-bit weights, in the hub's cache")
+    count = recipe.train.keep + 1 + (1 if recipe.data.holds_out else 0)
+    kept = "train.keep, the best" if recipe.data.holds_out else "train.keep"
+    yield Term(
+        "disk", "checkpoints", count * checkpoint, "formula", f"adapter and optimiser, {count} times: {kept}, a new one"
+    )
+    yield Term("disk", "adapter", adapter, "formula", "4 bytes a parameter")
+    width = _export_width(request)
+    yield Term("disk", "merged model", width * num_weights, "formula", f"{width} bytes a weight: export.export_dtype")
+
+
+def _export_width(request: Request) -> int:
+    dtype: Any = getattr(torch, request.recipe.export.export_dtype)
+    return int(dtype.itemsize)

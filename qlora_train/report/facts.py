@@ -1,0 +1,247 @@
+"""What a run folder says of its run. What is absent or damaged becomes a note: every run gets a page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import yaml
+from pydantic import ValidationError
+
+from qlora_train.artifacts import RunDir, manifest_faults, read_manifest
+from qlora_train.errors import RecipeError, UserError
+from qlora_train.report import shapes
+from qlora_train.report.norms import ModuleNorm, module_norms
+from qlora_train.report.words import plain
+
+DEFAULT = "default"
+_S = TypeVar("_S", bound=shapes.Shape)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One key of the recipe with its value as YAML, and where the value came from."""
+
+    key: str
+    value: str
+    origin: str
+
+    @property
+    def is_default(self) -> bool:
+        """Whether nobody set it."""
+        return self.origin == DEFAULT
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The published adapter, or that of the newest checkpoint where the run has not ended."""
+
+    step: int
+    is_published: bool
+    sha256: str  # of its weights
+    norms: tuple[ModuleNorm, ...]
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """Everything that is read of one run. None, or empty: absent or damaged, and then `notes` says so."""
+
+    run_dir: RunDir
+    name: str  # unique among the runs of a page
+    settings: tuple[Setting, ...]
+    steps: tuple[shapes.TrainLine, ...]
+    evals: tuple[shapes.EvalLine, ...]
+    environment: shapes.Environment | None
+    base: shapes.Base | None
+    data: shapes.Data | None
+    evaluation: shapes.Evaluation | None
+    memory: shapes.Memory | None
+    summary: shapes.Summary | None
+    adapter: Adapter | None
+    exports: tuple[shapes.Export, ...]
+    notes: tuple[str, ...]
+
+    def setting(self, key: str) -> str:
+        """The value of a recipe key as YAML; empty where the recipe does not hold it."""
+        return next((setting.value for setting in self.settings if setting.key == key), "")
+
+    @property
+    def num_planned_steps(self) -> int | None:
+        """Steps that the run was to make."""
+        train = self.data.split("train") if self.data else None
+        return train.batching.num_steps if train and train.batching else None
+
+    @property
+    def last_step(self) -> int:
+        """The last logged step; 0 where none is."""
+        return self.steps[-1].step if self.steps else 0
+
+    @property
+    def export(self) -> shapes.Export | None:
+        """The newest export of the adapter that the folder holds now."""
+        if self.adapter is None:
+            return None
+        return next((e for e in reversed(self.exports) if e.adapter_sha256 == self.adapter.sha256), None)
+
+
+def read_runs(folders: Sequence[Path]) -> tuple[RunFacts, ...]:
+    """The facts of each run; RecipeError for folders that are no run folders, all of them at once."""
+    names = [plain(name) for name in _unique_names(folders)]
+    return tuple(read_run(folder, name) for folder, name in zip(folders, names, strict=True))
+
+
+def read_run(folder: Path, name: str) -> RunFacts:
+    """The facts of one run folder. RecipeError where it is none."""
+    run_dir = RunDir(folder)
+    if not run_dir.recipe.is_file():
+        raise RecipeError(_why_no_run(run_dir), fix="name the run.dir of a recipe that was trained")
+    read = _Reader()
+    steps, evals = read.metrics(run_dir)
+    return RunFacts(
+        run_dir=run_dir,
+        name=name,
+        settings=read.settings(run_dir.recipe),
+        steps=steps,
+        evals=evals,
+        environment=read.file(run_dir.environment, shapes.Environment, "versions and device are not known"),
+        base=read.file(run_dir.base, shapes.Base, "the base's fingerprint is not known"),
+        data=read.file(run_dir.data, shapes.Data, "there is no account of the data"),
+        evaluation=read.file(run_dir.evaluation, shapes.Evaluation, "held-out rows were not measured"),
+        memory=read.file(run_dir.memory, shapes.Memory, "there is no memory plan to compare with"),
+        summary=read.file(run_dir.summary, shapes.Summary, "the run has not ended"),
+        adapter=read.adapter(run_dir),
+        exports=read.lines(run_dir.exports, lambda line: shapes.Export.model_validate_json(line)),
+        notes=tuple(read.notes),
+    )
+
+
+def _why_no_run(run_dir: RunDir) -> str:
+    """What a folder is instead of a run folder."""
+    root = run_dir.root
+    if not root.is_dir():
+        return f"{root} {'is a file, not a run folder' if root.exists() else 'does not exist'}"
+    if run_dir.data.is_file():
+        return f"{root} holds the account of its data ({run_dir.audit_page.name}), and no training yet"
+    return f"{root} is not a run folder: it holds no {run_dir.recipe.name}"
+
+
+def _unique_names(folders: Sequence[Path]) -> list[str]:
+    """The folders' names, with as many of their parents as it takes to tell them apart."""
+    parts = [folder.resolve().parts for folder in folders]
+    if len(set(parts)) < len(parts):
+        twice = next(folder for folder, own in zip(folders, parts, strict=True) if parts.count(own) > 1)
+        raise RecipeError(f"{twice} is named twice", fix="name each run once")
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(own[-depth:]) for own in parts]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+class _Reader:
+    """Reads files of one run folder; what cannot be read is noted and left out."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def file(self, path: Path, shape: type[_S], consequence: str) -> _S | None:
+        """A JSON file of this shape."""
+        try:
+            return shape.model_validate_json(path.read_bytes())
+        except FileNotFoundError:
+            self.notes.append(f"{path.name} is absent: {consequence}")
+        except (OSError, ValidationError) as error:
+            self.notes.append(f"{path.name} is damaged: {_reason(error)}")
+        return None
+
+    def lines(self, path: Path, parse: Callable[[bytes], _S]) -> tuple[_S, ...]:
+        """The lines of a JSON Lines file that can be read; the others are counted."""
+        found, faults = [], []
+        for number, line in enumerate(_lines_of(path), 1):
+            try:
+                found.append(parse(line))
+            except ValidationError as error:
+                faults.append(f"line {number}: {_reason(error)}")
+        if faults:
+            how_many = "1 line is" if len(faults) == 1 else f"{len(faults):,} lines are"
+            self.notes.append(f"{path.name}: {how_many} damaged and left out, first {faults[0]}")
+        return tuple(found)
+
+    def metrics(self, run_dir: RunDir) -> tuple[tuple[shapes.TrainLine, ...], tuple[shapes.EvalLine, ...]]:
+        """The logged steps and the held-out losses."""
+
+        def parse(line: bytes) -> shapes.Shape:
+            other = shapes.Line.model_validate_json(line)
+            if other.kind == "train":
+                return shapes.TrainLine.model_validate_json(line)
+            return shapes.EvalLine.model_validate_json(line) if other.kind == "eval" else other
+
+        found = self.lines(run_dir.metrics, parse)
+        steps = tuple(line for line in found if isinstance(line, shapes.TrainLine))
+        if not steps:
+            self.notes.append(f"{run_dir.metrics.name} holds no step: training has not begun")
+        return steps, tuple(line for line in found if isinstance(line, shapes.EvalLine))
+
+    def settings(self, path: Path) -> tuple[Setting, ...]:
+        """The keys of the resolved recipe, in its order."""
+        try:
+            return tuple(_settings(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            self.notes.append(f"{path.name} is damaged: {_reason(error)}")
+            return ()
+
+    def adapter(self, run_dir: RunDir) -> Adapter | None:
+        """The published adapter, else that of the newest checkpoint that verifies."""
+        checkpoints = sorted(run_dir.checkpoints.glob("step-*"), key=lambda path: (len(path.name), path.name))
+        for folder in (run_dir.adapter, *reversed(checkpoints)):
+            if not folder.is_dir():
+                continue
+            try:
+                return _read_adapter(folder, is_published=folder == run_dir.adapter)
+            except (OSError, ValueError, KeyError, UserError) as error:
+                self.notes.append(f"{folder.name} is damaged: {_reason(error)}")
+        found = (
+            "no adapter of this run verifies" if checkpoints or run_dir.adapter.is_dir() else "there is no adapter yet"
+        )
+        self.notes.append(f"{found}: its norms are not known")
+        return None
+
+
+def _read_adapter(folder: Path, *, is_published: bool) -> Adapter:
+    if faults := manifest_faults(folder):
+        raise ValueError("; ".join(faults))
+    manifest = shapes.AdapterManifest.model_validate(read_manifest(folder))
+    sha256 = manifest.files["adapter_model.safetensors"].sha256
+    return Adapter(manifest.step, is_published, sha256, module_norms(folder))
+
+
+def _settings(text: str) -> Iterator[Setting]:
+    """`key: value  # origin`, below `section:` but for a few, one line each, as recipe.load.resolved_yaml writes it."""
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    if not isinstance(root, yaml.MappingNode):
+        raise ValueError("it holds no mapping of sections")
+    lines = text.splitlines()
+    for name, body in root.value:
+        entries = body.value if isinstance(body, yaml.MappingNode) else [(None, body)]
+        for key, value in entries:
+            line, start, end = value.start_mark.line, value.start_mark.column, value.end_mark.column
+            dotted = f"{name.value}.{key.value}" if key else name.value
+            yield Setting(dotted, lines[line][start:end], lines[line][end:].partition("#")[2].strip())
+
+
+def _lines_of(path: Path) -> list[bytes]:
+    """The lines of a file, none where it cannot be read."""
+    try:
+        return [line for line in path.read_bytes().splitlines() if line.strip()]
+    except OSError:
+        return []
+
+
+def _reason(error: Exception) -> str:
+    """An error in one line."""
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False, include_input=False)[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")
+    return " ".join(str(error).split())

@@ -1,0 +1,60 @@
+"""What a run is made of, kept in its folder and said before it starts."""
+
+from __future__ import annotations
+
+from qlora_train.artifacts import write_file, write_json
+from qlora_train.data.account import account_for, write_account
+from qlora_train.environment import environment
+from qlora_train.model.table import dtype_table
+from qlora_train.recipe.load import LoadedRecipe, resolved_yaml
+from qlora_train.train.selfcheck import SelfCheck
+from qlora_train.train.setup import Prepared
+
+
+def write_facts(loaded: LoadedRecipe, prepared: Prepared, checked: SelfCheck) -> None:
+    """What the run is made of, before it starts."""
+    run_dir = prepared.job.run_dir
+    write_file(run_dir.recipe, resolved_yaml(loaded).encode())
+    write_json(run_dir.environment, environment())
+    inputs, recipe = prepared.inputs, prepared.job.recipe
+    if template := inputs.tokenizer.chat_template:
+        write_file(run_dir.chat_template, str(template).encode())
+    source = {"name": inputs.source.name, "commit": inputs.source.commit, "file_sha256": inputs.source.file_sha256}
+    write_json(run_dir.base, {"source": source, **prepared.base.print.as_dict()})
+    train, held_out = inputs.train, inputs.eval
+    account = account_for(recipe, train, held_out, inputs.tokenizer, prepared.job.loader)
+    if unreached := account.batching.num_unreached_rows:
+        prepared.job.reporter.warning(f"{unreached:,} kept rows come in none of the steps")
+    facts = {
+        "files": [
+            {"name": source.source.name, "kind": source.source.kind, "sha256": source.digest}
+            for split in (train, held_out)
+            if split
+            for source in split.sources
+        ],
+        "selfcheck": checked.as_dict(),
+        "end_token_ids": train.end_token_ids,
+        "conversations": train.holds_conversations(),
+    }
+    write_account(run_dir, {**account.as_dict(recipe), **facts}, train, held_out)
+
+
+def describe(prepared: Prepared) -> None:
+    """The table of dtypes, the use of the machine, and the adapter against full fine-tuning."""
+    reporter = prepared.job.reporter
+    for row in dtype_table(prepared.base.print):
+        names = ", ".join(row.names[:8]) + (", ..." if len(row.names) > 8 else "")
+        reporter.message(
+            f"base: {row.num_tensors:>4} tensors in {row.kind:<8} {row.num_params / 1e6:>10,.1f}M parameters "
+            f"{row.num_bytes / 2**20:>10,.1f} MiB  {names}"
+        )
+    for line in prepared.speed.summary():
+        reporter.message(line)
+    facts = prepared.facts
+    # float32 adapter, gradient and two AdamW moments, against bf16 weights and gradients with float32 moments.
+    adapter_mib, full_mib = facts.num_trainable * 16 / 2**20, (facts.num_trainable + facts.num_frozen) * 12 / 2**20
+    reporter.message(
+        f"adapter: {facts.num_trainable:,} trainable parameters ({facts.trainable_frac:.2%}) on "
+        f"{len(facts.modules)} layers; {adapter_mib:,.0f} MiB with gradient and AdamW moments, "
+        f"full fine-tuning {full_mib:,.0f} MiB"
+    )

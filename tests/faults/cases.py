@@ -1,0 +1,88 @@
+"""What is done to a run, and what is wrong with it afterwards: each case ends with "" or with words for what is wrong.
+
+For the tests of killed and starved runs, and for `make prove WHAT=resume`.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+
+from tests.faults.harness import STEP, Point, Scene, damaged, leftovers, steps_of, with_fault
+
+# Where a signal comes: before the n-th call of a function; and the step that is saved when the run has ended.
+PHASES: dict[str, tuple[str, int, int | None]] = {
+    "reading the rows": ("qlora_train.train.setup:load_splits", 1, None),
+    "loading the base": ("qlora_train.train.setup:load_recipe_base", 1, None),
+    "the selfcheck": ("qlora_train.train.run:selfcheck", 1, None),
+    "the rehearsal": ("qlora_train.train.run:rehearse", 1, None),
+    "the base's evaluation": ("qlora_train.train.loop:validate", 1, None),
+    "a step": ("qlora_train.train.loop:train_step", 5, 5),
+    "an evaluation": ("qlora_train.train.loop:validate", 2, 3),
+    "a checkpoint": ("qlora_train.train.loop:save_checkpoint", 2, 3),
+    "the last step": ("qlora_train.train.loop:train_step", 9, 9),
+    "the adapter's answers": ("qlora_train.train.scores:score_side", 2, 9),
+    "publishing": ("qlora_train.train.run:save_adapter", 1, 9),
+}
+CONTROLS = ("lose_moments", "restart_rows", "shift_rows", "count_dropout", "swap_micro_batches", "fuse_optimizer")
+
+
+def kill_and_resume(scene: Scene, point: Point) -> str:
+    """kill -9 before a call of a save."""
+    before = max(steps_of(scene.folder / "before" / "run"))
+    folder, ended = with_fault(scene, point.kill)
+    if ended.signal != signal.SIGKILL:
+        return f"not killed: {ended}"
+    if spoilt := damaged(folder / "run"):
+        return f"after the kill: {spoilt}"
+    if not {before, STEP} & set(steps_of(folder / "run")):
+        return f"after the kill there is neither the last checkpoint nor the new one: {steps_of(folder / 'run')}"
+    return scene.finish(folder)
+
+
+def fail_and_resume(scene: Scene, point: Point, error: str) -> str:
+    """A call of a save fails: exit code 6, a message with path and bytes, and the checkpoint before it stays."""
+    before = max(steps_of(scene.folder / "before" / "run"))
+    folder, ended = with_fault(scene, point.fail(error))
+    if ended.code != 6 or f"step-{STEP:06d}" not in ended.said or "MiB free" not in ended.said:
+        return f"{ended}"
+    if (spoilt := damaged(folder / "run")) or before not in steps_of(folder / "run"):
+        return f"after the error: {steps_of(folder / 'run')}, damaged: {spoilt}"
+    return scene.finish(folder)
+
+
+def kill_somewhere(scene: Scene, draw: random.Random, times: int) -> str:
+    """kill -9 at random moments of a run, so many times in a row."""
+    folder = scene.before_start()
+    for _ in range(times):
+        child = scene.start(folder, *(["--resume"] if steps_of(folder / "run") else []))
+        time.sleep(draw.uniform(0, scene.seconds))
+        os.kill(child.pid, signal.SIGKILL)
+        ended = child.ended()
+        if ended.signal != signal.SIGKILL and ended.code != 0:
+            return f"{ended}"
+        if spoilt := damaged(folder / "run"):
+            return f"after a kill: {spoilt}"
+    return scene.finish(folder)
+
+
+def stop_and_resume(scene: Scene, phase: str, number: int) -> str:
+    """A signal in a phase: the run ends with its state saved, and without a trace where it had none."""
+    where, call, saved = PHASES[phase]
+    folder = scene.before_start()
+    ended = scene.train(folder, setups=[("signal_at", {"where": where, "call": call, "numbers": [number]})])
+    if ended.code != 128 + number or "Traceback" in ended.said:
+        return f"{ended}"
+    steps, left = steps_of(folder / "run"), leftovers(folder / "run")
+    if steps[-1:] != ([] if saved is None else [saved]) or left or (folder / "run" / "run.json").exists():
+        return f"left behind: {steps}, {left}; {ended}"
+    if (f"step-{saved:06d}; go on with --resume" if saved else "stopped") not in ended.said:
+        return f"{ended}"
+    return scene.finish(folder)
+
+
+def lose_and_resume(scene: Scene, control: str) -> str:
+    """A negative control: what a resume must not lose is lost, and the run ends well all the same."""
+    return scene.finish(scene.before_save(), setups=[(control, {})])

@@ -1,0 +1,125 @@
+"""Signals, and surroundings that are taken away: the run ends soon and saved, or goes on, and is the same run."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from tests.faults.cases import PHASES, stop_and_resume
+from tests.faults.harness import ROOT, Ended, Scene, damaged, leftovers, outcome_of, steps_of
+
+
+def ended_by(ended: Ended, number: int) -> None:
+    assert ended.code == 128 + number and "Traceback" not in ended.said, ended
+
+
+def test_sigterm_in_an_evaluation(scene: Scene) -> None:
+    """It is given up, the step is saved, and the resumed run makes up for it."""
+    assert stop_and_resume(scene, "an evaluation", signal.SIGTERM) == ""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_every_signal_in_every_phase(scene: Scene, number: signal.Signals) -> None:
+    wrong = {phase: found for phase in PHASES if (found := stop_and_resume(scene, phase, number))}
+    assert not wrong
+
+
+@pytest.mark.slow
+def test_killed_while_it_makes_up_for_an_evaluation(scene: Scene) -> None:
+    """The evaluation is logged by then, and its checkpoint not yet written: it is made and logged once in the end."""
+    folder = scene.before_start()
+    where, call, saved = PHASES["an evaluation"]
+    for options in (
+        {"where": where, "call": call, "numbers": (signal.SIGTERM,)},
+        {"where": "qlora_train.train.loop:save_checkpoint", "call": 1, "numbers": (signal.SIGKILL,)},
+    ):
+        scene.train(folder, *(["--resume"] if steps_of(folder / "run") else []), setups=[("signal_at", options)])
+        assert steps_of(folder / "run")[-1] == saved
+    assert scene.finish(folder) == ""
+
+
+@pytest.mark.slow
+def test_a_second_sigint_ends_the_run_at_once(scene: Scene) -> None:
+    """In the middle of a save: what was saved before is intact, and nothing half-written stays."""
+    folder = scene.before_save()
+    where = "qlora_train.train.checkpoint:write_checkpoint"
+    options = {"where": where, "call": 1, "numbers": (signal.SIGINT, signal.SIGINT)}
+    ended = scene.train(folder, "--resume", setups=[("signal_at", options)])
+    ended_by(ended, signal.SIGINT)
+    assert "what was saved before is intact" in ended.said
+    assert not damaged(folder / "run") and max(steps_of(folder / "run")) == 4 and not leftovers(folder / "run")
+    assert scene.finish(folder) == ""
+
+
+@pytest.mark.slow
+def test_sigusr1_saves_and_goes_on(scene: Scene) -> None:
+    folder = scene.before_start()
+    options = {"where": "qlora_train.train.loop:train_step", "call": 5, "numbers": (signal.SIGUSR1,)}
+    ended = scene.train(folder, setups=[("signal_at", options)])
+    assert ended.code == 0 and "step-000005, as SIGUSR1 asked" in ended.said, ended
+    assert outcome_of(folder / "run") == scene.expected
+
+
+@pytest.mark.slow
+def test_nohup_is_respected(scene: Scene) -> None:
+    """A SIGHUP that was ignored when the run began stays ignored."""
+    folder = scene.before_start()
+    setups = [
+        ("ignore_signal", {"number": signal.SIGHUP}),
+        ("signal_at", {"where": "qlora_train.train.loop:train_step", "call": 5, "numbers": (signal.SIGHUP,)}),
+    ]
+    ended = scene.train(folder, setups=setups)
+    assert ended.code == 0 and outcome_of(folder / "run") == scene.expected, ended
+
+
+EXPORT = ("qlora_train.export.run:merge_to", "qlora_train.export.run:verify")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", EXPORT)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_an_export_that_is_stopped_leaves_nothing(scene: Scene, where: str, number: signal.Signals) -> None:
+    folder = scene.finished()
+    setups = [("signal_at", {"where": where, "call": 1, "numbers": (number,)})]
+    ended_by(scene.launcher.run("export", folder / "run", folder / "merged", setups=setups), number)
+    assert not (folder / "merged").exists() and leftovers(folder) == []
+
+
+def test_no_home_no_folder_and_nobody_who_reads(scene: Scene) -> None:
+    """The terminal's pipe is closed, the working folder removed, HOME unset: the run is the same."""
+    folder = scene.before_save()
+    setups = [("close_pipe", {"descriptor": 2}), ("leave_removed_folder", {"path": str(folder / "gone")})]
+    ended = scene.train(folder, "--resume", setups=setups, environment={"HOME": None, "XDG_CACHE_HOME": None})
+    assert ended.code == 0, ended
+    assert outcome_of(folder / "run") == scene.expected
+
+
+@pytest.mark.slow
+def test_result_that_nobody_reads(scene: Scene) -> None:
+    """Of a run that is done already, so that only its result is printed."""
+    ended = scene.train(scene.finished(), "--resume", setups=[("close_pipe", {"descriptor": 1})])
+    assert ended.code == 128 + signal.SIGPIPE and "Traceback" not in ended.said, ended
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_bare_environment(scene: Scene) -> None:
+    """A real process without HOME, locale and UTF-8, with another hash seed, in a removed folder, under `head -1`."""
+    folder = scene.before_start()
+    bare = {"PATH": os.environ["PATH"], "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    bare |= {"PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    bare |= {"QLORA_TRAIN_CACHE": str(scene.launcher.folder / "cache")}
+    command = shlex.join([sys.executable, "-m", "qlora_train", "train", str(folder / "recipe.yaml")])
+    gone = shlex.quote(str(folder / "gone"))
+    script = f"mkdir {gone} && cd {gone} && rmdir {gone} && {command} 2>&1 | head -1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", script], env=bare, capture_output=True, text=True, check=False)
+    assert done.returncode in (0, 128 + signal.SIGPIPE), done
+    assert done.stdout.count("\n") == 1 and (folder / "run" / "run.json").is_file(), done
+    assert outcome_of(folder / "run") == scene.expected

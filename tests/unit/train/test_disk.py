@@ -1,0 +1,50 @@
+"""Room for what a run folder will hold, before anything is loaded."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from transformers import AutoConfig
+
+from qlora_train.artifacts import RunDir
+from qlora_train.errors import MachineError
+from qlora_train.recipe.load import load_recipe
+from qlora_train.recipe.schema import Recipe
+from qlora_train.train.disk import folder_terms, refuse_full_disk
+from tests.commandline import write_recipe
+
+ADAPTER = 16_384 * 4  # r = 4 on all 14 linear layers of the tiny Llama, in float32
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tiny_llama_dir: Path) -> Recipe:
+    return load_recipe(write_recipe(tmp_path, tiny_llama_dir, train__keep=3)).recipe
+
+
+def test_causes_and_bytes(recipe: Recipe, tiny_llama_dir: Path) -> None:
+    """Three are kept, the best one, and the one that is written; each is adapter and two moments."""
+    found = {t.cause: t.num_bytes for t in folder_terms(recipe, AutoConfig.from_pretrained(tiny_llama_dir))}
+    assert found.keys() == {"checkpoints", "adapter"} and found["adapter"] == ADAPTER
+    assert 0 <= found["checkpoints"] - 5 * 3 * ADAPTER < 5 * 4096, "and a step for each of 28 parameters"
+
+
+def test_what_the_run_wrote_before_is_room(
+    recipe: Recipe, tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, run_dir = AutoConfig.from_pretrained(tiny_llama_dir), RunDir(tmp_path / "run")
+    needed = sum(term.num_bytes for term in folder_terms(recipe, config))
+    free = needed - 1
+    real = shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: real(path)._replace(free=free))
+    with pytest.raises(MachineError, match=r"will hold 1\.0 MiB, and 1\.0 MiB are free .*checkpoints: .*adapter: "):
+        refuse_full_disk(recipe, config, run_dir)
+    assert not run_dir.root.exists()
+    (run_dir.checkpoints / "step-000002").mkdir(parents=True)
+    (run_dir.checkpoints / "step-000002" / "x").write_bytes(b"x")
+    refuse_full_disk(recipe, config, run_dir)
+
+
+def test_a_model_that_cannot_be_traced_is_not_refused(recipe: Recipe, tmp_path: Path) -> None:
+    refuse_full_disk(recipe, object(), RunDir(tmp_path / "run"))
