@@ -79,7 +79,7 @@ def _stages(result: PlanResult) -> None:
     for stage, words in _STAGE_WORDS.items():
         peak = plan.peak_bytes(stage)
         if peak:
-            of_limit = f"{peak / limit:.0%} of the device" if limit and stage in ON_DEVICE else ""
+            of_limit = f"{peak / limit:.1%} of the device" if limit and stage in ON_DEVICE else ""
             table.add_row(words, f"{peak / GIB:.2f}", of_limit, "")
     _console.print(table)
 
