@@ -214,7 +214,7 @@ class Shallow:
     """A model of a few layers that stands for the whole one: what each further layer adds is added.
 
     Exact where all layers are alike: the peak lies where the last layer turns from its forward to its backward pass,
-    and each other layer adds what it holds all the time and what it saves (tests/unit/memory/test_estimate.py). Costs
+    and each other layer adds what it holds all the time and what it saves (tests/numerics/test_plan_estimate.py). Costs
     tenths of a second at any depth.
     """
 

@@ -60,7 +60,7 @@ def formula_costs(request: Request) -> Costs | None:
         loss head           4 N H + chunk x 2 V + block x 8 V, and what the last norm saves, 4 M H
         last norm backward  22 M H
 
-    N of the M tokens are supervised. Within some per cent of the trace: tests/unit/memory/test_formula.py.
+    N of the M tokens are supervised. Within some per cent of the trace: tests/numerics/test_plan_formula.py.
     """
     recipe, config = request.recipe, request.config.get_text_config()
     plain = recipe.adapter.target_modules == "all-linear" and not recipe.quant.skip_modules and recipe.train.fused
