@@ -73,15 +73,20 @@ def render_page(audit: Mapping[str, Any]) -> str:
         _split_view(split, int(audit["seq_len"])) | {"previews": [_fit(row, budget) for row in rows[:MAX_PREVIEWS]]}
         for split, rows in zip(audit["splits"], previews, strict=True)
     ]
-    environment = Environment(
-        loader=PackageLoader("qlora_train.data", ""),
+    environment = templates("qlora_train.data")
+    environment.filters["percent"] = percent
+    return environment.get_template("page.html.jinja").render(view, fates=MEANINGS, batchings=BATCHINGS)
+
+
+def templates(package: str) -> Environment:
+    """The templates of a package: all that they are given is escaped, and what they are not given is an error."""
+    return Environment(
+        loader=PackageLoader(package, ""),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["percent"] = _percent
-    return environment.get_template("page.html.jinja").render(view, fates=MEANINGS, batchings=BATCHINGS)
 
 
 def length_histogram(lengths: NDArray[np.int32], seq_len: int) -> dict[str, list[int]]:
@@ -157,15 +162,15 @@ def _within(tokens: Sequence[Sequence[Any]], budget: int) -> list[tuple[str, flo
     return fitting
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
     """A share as a person writes it, and never 0 % for something or 100 % for not all.
 
-    >>> _percent(0.123), _percent(0.00001), _percent(0.99999), _percent(1)
-    ('12.3 %', '< 0.1 %', '> 99.9 %', '100 %')
+    >>> percent(0.123), percent(0.00001), percent(0.99999), percent(1), percent(0)
+    ('12.3 %', '< 0.1 %', '> 99.9 %', '100 %', '0 %')
     """
     if share in (0, 1):
         return f"{share:.0%}".replace("%", " %")
-    if share < 0.001:
+    if abs(share) < 0.001:
         return "< 0.1 %"
     return "> 99.9 %" if 0.999 < share < 1 else f"{share:.1%}".replace("%", " %")
 

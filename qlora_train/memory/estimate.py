@@ -49,7 +49,7 @@ from qlora_train.model.checkpointing import Checkpointing, decoder_layers
 from qlora_train.model.load import resolve_attention
 from qlora_train.quant.bnb import linear4bit_modules
 from qlora_train.quant.moments import optimizer_state_bytes
-from qlora_train.recipe.schema import Recipe
+from qlora_train.recipe.schema import Recipe, TrainSection
 
 _SHALLOW = 3  # layers; all are taken to be alike
 
@@ -167,6 +167,12 @@ def settle(request: Request, costs: Costs) -> Choice:
     return replace(choice, fits=True) if limit is None else choice
 
 
+def splits(train: TrainSection) -> list[tuple[int, int]]:
+    """The ways to split a step of as many packs: micro-batch sizes, and how many of each, smallest first."""
+    packs = train.micro_batch_size * train.grad_accum_steps
+    return [(size, packs // size) for size in range(1, packs + 1) if packs % size == 0]
+
+
 def with_split(request: Request) -> Request:
     """The request with the micro-batch that `train.memory: auto` comes to: as many packs a step, split as a run will.
 
@@ -175,10 +181,9 @@ def with_split(request: Request) -> Request:
     train = request.recipe.train
     if train.memory != "auto" or tensor_limit(request) is None:
         return request
-    packs = train.micro_batch_size * train.grad_accum_steps
     settled: list[tuple[Request, float]] = []
-    for size in (size for size in range(1, packs + 1) if packs % size == 0):
-        split = request.with_changes(train={"micro_batch_size": size, "grad_accum_steps": packs // size})
+    for size, count in splits(train):
+        split = request.with_changes(train={"micro_batch_size": size, "grad_accum_steps": count})
         costs = Shallow(split).costs()
         choice = settle(split, costs)
         again = rerun_layers(costs, choice.checkpointing)

@@ -26,6 +26,11 @@ from qlora_train.recipe.schema import AdapterSection, QuantSection
 DeviceKind = Literal["cpu", "cuda"]
 
 
+def device_kind(device: torch.device) -> DeviceKind:
+    """What plans call a device."""
+    return "cuda" if device.type == "cuda" else "cpu"
+
+
 @dataclass(frozen=True)
 class ModelStyle:
     """How the model of a step is made. The defaults are ours; other trainers are described by other values."""

@@ -11,10 +11,10 @@ from markupsafe import Markup
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from qlora_train.data.page import percent
 from qlora_train.report.facts import RunFacts
 from qlora_train.report.shapes import TrainLine
 from qlora_train.report.svg import COLOURS, INK, SERIES, SOFT, Drawing
-from qlora_train.report.words import share
 
 HEIGHT = 220
 MAX_POINTS = 600  # of a line: more are not seen
@@ -170,7 +170,7 @@ def _grad_norm(logged: Sequence[tuple[int, RunFacts]]) -> Chart:
     if limit := _number(limits.pop()) if len(limits) == 1 else None:
         drawing.axes.axhline(limit, color=SOFT, linewidth=1, linestyle=":")
         for _, run in logged:
-            clipped = share(sum(line.grad_norm > limit for line in run.steps) / len(run.steps))
+            clipped = percent(sum(line.grad_norm > limit for line in run.steps) / len(run.steps))
             words.append(f"{run.name} {clipped}" if len(logged) > 1 else clipped)
         note += f" Dotted: train.max_grad_norm ({limit:g}); longer gradients are scaled down to it"
         note += f", in {', '.join(words)} of the steps."

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
+from qlora_train.data.page import percent, templates
 from qlora_train.report import story, tables
 from qlora_train.report.answers import answer_groups, balance
 from qlora_train.report.charts import heat_map
@@ -15,7 +14,7 @@ from qlora_train.report.facts import RunFacts
 from qlora_train.report.memory import memory_view
 from qlora_train.report.norms import norm_grid
 from qlora_train.report.svg import COLOURS, page_style
-from qlora_train.report.words import plain, share
+from qlora_train.report.words import plain
 
 GENERATOR = "qlora-train report"
 """What the page's head says it was made by: only such a page is written over."""
@@ -28,14 +27,7 @@ Json = dict[str, Any]
 def render_page(runs: Sequence[RunFacts]) -> str:
     """The page of one run, or of up to MAX_RUNS side by side; the same runs give the same bytes."""
     assert 1 <= len(runs) <= MAX_RUNS
-    environment = Environment(
-        loader=PackageLoader("qlora_train.report", ""),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("page.html.jinja").render(_view(runs))
+    return templates("qlora_train.report").get_template("page.html.jinja").render(_view(runs))
 
 
 def _view(runs: Sequence[RunFacts]) -> Json:
@@ -119,7 +111,7 @@ def _norms(run: RunFacts, slug: str, top: dict[str, float]) -> Json | None:
             len(present),
             f"{min(present):.3g}",
             f"{max(present):.3g}",
-            share(sum(v * v for v in present) / whole),
+            percent(sum(v * v for v in present) / whole),
         )
         for name, values in zip(grid.names, grid.values, strict=True)
         if (present := [value for value in values if value is not None])

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from qlora_train.data.page import percent
 from qlora_train.report.facts import RunFacts
 from qlora_train.report.shapes import Evaluation, Scores
 from qlora_train.report.tables import change, score_change, state
-from qlora_train.report.words import duration, loss, plain, share, short, size, small_share
+from qlora_train.report.words import duration, loss, plain, short, size, small_share
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def _score_tiles(evaluation: Evaluation | None) -> list[Tile]:
 
     asked = f"of {evaluation.base.scores.num_answers:,} answers"
     return [
-        tile(lambda scores: scores.exact_match, share, "exact match", f"{asked}, word for word"),
+        tile(lambda scores: scores.exact_match, percent, "exact match", f"{asked}, word for word"),
         tile(lambda scores: scores.char_similarity, "{:.3f}".format, "character similarity", f"{asked}; 1 is the same"),
     ]
 

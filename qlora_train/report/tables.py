@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from qlora_train.data.audit import MEANINGS
+from qlora_train.data.page import percent
 from qlora_train.report.facts import RunFacts
 from qlora_train.report.shapes import Base, Data, Distance, Environment, Evaluation, Export, Scores, Split, Summary
-from qlora_train.report.words import duration, loss, plain, share, short, size, small_share
+from qlora_train.report.words import duration, loss, plain, short, size, small_share
 
 ABSENT = "-"
 INDENT = "\N{EM SPACE}"
@@ -102,7 +103,7 @@ def figures(runs: Sequence[RunFacts]) -> list[Row]:
         return short(evaluation.measured_on.rows) if evaluation.measured_on.rows else None
 
     def trainable(summary: Summary) -> str:
-        return f"{summary.num_trainable:,} ({share(summary.trainable_frac)} of all)"
+        return f"{summary.num_trainable:,} ({percent(summary.trainable_frac)} of all)"
 
     def wall_time(summary: Summary) -> str:
         # The clock starts anew when a run is resumed, the sum over its steps does not.
@@ -116,11 +117,11 @@ def figures(runs: Sequence[RunFacts]) -> list[Row]:
             (f"Held-out loss, base{ARROW}adapter", given(_evaluation, loss_change)),
             (
                 "Exact match",
-                given(_evaluation, lambda found: score_change(found, lambda scores: scores.exact_match, share)),
+                given(_evaluation, lambda found: score_change(found, lambda scores: scores.exact_match, percent)),
             ),
             (
                 "First word right",
-                given(_evaluation, lambda found: score_change(found, lambda scores: scores.first_word, share)),
+                given(_evaluation, lambda found: score_change(found, lambda scores: scores.first_word, percent)),
             ),
             (
                 "Character similarity",
@@ -160,7 +161,7 @@ def split_rows(runs: Sequence[RunFacts], name: str) -> list[Row]:
         if (batching := split.batching) is None:
             return None
         lines = "packs" if batching.kind == "packed" else "rows"
-        return f"{batching.kind}: {batching.num_lines:,} {lines} an epoch, {share(batching.padding_frac)} padding"
+        return f"{batching.kind}: {batching.num_lines:,} {lines} an epoch, {percent(batching.padding_frac)} padding"
 
     splits = [split for run in runs if run.data and (split := run.data.split(name))]
     befell = [key for key in MEANINGS if any(split.counts.get(key) for split in splits)]
@@ -174,7 +175,7 @@ def split_rows(runs: Sequence[RunFacts], name: str) -> list[Row]:
             (f"{INDENT}supervised", of_split(lambda split: f"{split.num_supervised_tokens:,}")),
             (
                 "Tokens lost",
-                of_split(lambda split: f"{split.num_lost_tokens:,} ({share(split.lost_token_frac)})"),
+                of_split(lambda split: f"{split.num_lost_tokens:,} ({percent(split.lost_token_frac)})"),
             ),
             (
                 "Rows that repeat an earlier one",
@@ -229,7 +230,7 @@ def merge_rows(runs: Sequence[RunFacts]) -> list[Row]:
             ("Weights", of_export(lambda export: export.export_dtype)),
             ("KL from the trained model (nats per token)", both(lambda distance: f"{distance.mean_kl:.3g}")),
             ("KL as a share of the adapter's effect", of_export(limit)),
-            ("Same most likely token", both(lambda distance: share(distance.top1_agreement))),
+            ("Same most likely token", both(lambda distance: percent(distance.top1_agreement))),
             ("Loss of the trained model", of_export(lambda export: loss(export.merged.reference_nll))),
             ("Loss", both(lambda distance: loss(distance.candidate_nll))),
             ("Compared on", of_export(rows)),

@@ -48,19 +48,6 @@ def duration(seconds: float) -> str:
     return f"{hours // 24} d {hours % 24:02d} h"
 
 
-def share(frac: float) -> str:
-    """A share, never 0 % for something or 100 % for not all.
-
-    >>> share(0.123), share(0.00001), share(0.99999), share(1), share(0)
-    ('12.3 %', '< 0.1 %', '> 99.9 %', '100 %', '0 %')
-    """
-    if frac in (0, 1):
-        return f"{frac:.0%}".replace("%", " %")
-    if abs(frac) < 0.001:
-        return "< 0.1 %"
-    return "> 99.9 %" if 0.999 < frac < 1 else f"{frac:.1%}".replace("%", " %")
-
-
 def small_share(frac: float) -> str:
     """A share that may be tiny, to two digits.
 

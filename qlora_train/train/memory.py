@@ -40,7 +40,7 @@ from qlora_train.errors import UserError, is_out_of_memory
 from qlora_train.memory.advice import advise
 from qlora_train.memory.available import available_bytes
 from qlora_train.memory.exhausted import Exhaustion, Option, first_line, options_of, release, size_text
-from qlora_train.memory.meta import DeviceKind
+from qlora_train.memory.meta import DeviceKind, device_kind
 from qlora_train.memory.plan import Plan, plan_training
 from qlora_train.memory.trace import ADAPTER, DEQUANTISED, GRADIENTS, OPTIMISER, QUANTISED, RESIDENT, UNQUANTISED
 from qlora_train.model.load import resolve_device
@@ -194,7 +194,7 @@ class MemoryLog:
     @property
     def kind(self) -> DeviceKind:
         """What the plan calls the device."""
-        return "cuda" if self.device.type == "cuda" else "cpu"
+        return device_kind(self.device)
 
     @property
     def peak_bytes(self) -> int:

@@ -14,10 +14,10 @@ from qlora_train.data.table import TokenTable
 from qlora_train.errors import MachineError, is_out_of_memory
 from qlora_train.memory.available import available_bytes
 from qlora_train.memory.budget import Choice, Costs, choose, rerun_layers
-from qlora_train.memory.estimate import asked_of, heaviest_batch
+from qlora_train.memory.estimate import asked_of, heaviest_batch, splits
 from qlora_train.memory.exhausted import release
 from qlora_train.memory.measure import measure_costs
-from qlora_train.memory.meta import DeviceKind
+from qlora_train.memory.meta import device_kind
 from qlora_train.model.causal import CausalModel
 from qlora_train.model.checkpointing import apply_checkpointing, decoder_layers
 from qlora_train.model.compiling import compile_layers, compiler_fault
@@ -69,11 +69,10 @@ def settle_memory(
     model is changed. Costs a few passes through one layer and the loss head for each split that is tried.
     """
     section, device = recipe.train, causal.head.weight_VH.device
-    kind: DeviceKind = "cuda" if device.type == "cuda" else "cpu"
     asked, longest = asked_of(recipe), int(table.lengths.max())
     settled: list[MemoryUse] = []
     for size, count in _splits(recipe, bound):
-        batch = heaviest_batch(with_split(recipe, size, count), longest, kind)
+        batch = heaviest_batch(with_split(recipe, size, count), longest, device_kind(device))
         try:
             costs = measure_costs(causal, batch.to(device), section.optimizer)
         except Exception as error:
@@ -107,8 +106,7 @@ def split_as_stored(recipe: Recipe, stored: Mapping[str, Any]) -> Recipe:
 def _splits(recipe: Recipe, bound: Mapping[str, Any] | None) -> list[tuple[int, int]]:
     """Micro-batch sizes to try, and how many a step has of each, smallest first: one where nothing is open."""
     if recipe.train.memory == "auto" and bound is None:
-        total = recipe.train.micro_batch_size * recipe.train.grad_accum_steps
-        return [(size, total // size) for size in range(1, total + 1) if total % size == 0]
+        return splits(recipe.train)
     train = (recipe if bound is None else split_as_stored(recipe, bound)).train
     return [(train.micro_batch_size, train.grad_accum_steps)]
 
