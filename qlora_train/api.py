@@ -6,26 +6,49 @@ All of them raise subclasses of `errors.UserError` for what the user can mend, w
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from qlora_train.adapters.inits.residual import untrained
+from qlora_train.adapters.updates import Delta
+from qlora_train.analysis.compress import Ask
+from qlora_train.analysis.files import write_analysis
+from qlora_train.analysis.folder import open_adapter, refuse_existing
+from qlora_train.analysis.look import Analysis, Subject, look_into
+from qlora_train.analysis.starts import start_of
+from qlora_train.analysis.thin import thin
+from qlora_train.analysis.tools import (
+    AdapterDiff,
+    AdapterInfo,
+    CombinationType,
+    MadeAdapter,
+    ResizedAdapter,
+    combine_adapters,
+    describe_adapter,
+    diff_adapters,
+    fold_adapter,
+    resize_adapter,
+)
 from qlora_train.artifacts import RunDir, locked
-from qlora_train.data.account import Account, account_for, build_loader, write_account
+from qlora_train.data.account import Account, account_for, build_loader, steps_notice, write_account
 from qlora_train.data.audit import Audit
 from qlora_train.data.preview import PreviewRow, preview
 from qlora_train.data.split import load_splits
 from qlora_train.environment import environment
-from qlora_train.errors import DataError, ModelError, RecipeError
+from qlora_train.errors import DataError, ModelError, RecipeError, UserError
 from qlora_train.evaluate.chat import ChatSession
 from qlora_train.evaluate.sides import SideScores, score_side
+from qlora_train.export.base import BaseReader, as_float32
+from qlora_train.export.formats.run import FormatResult, FormatsResult
+from qlora_train.export.formats.run import export_formats as publish_formats
 from qlora_train.export.run import ExportResult, run_export
 from qlora_train.export.verify import load_merged
-from qlora_train.memory.advice import Change, advise, spend
-from qlora_train.memory.available import host_free_bytes
-from qlora_train.memory.cards import find_card, parse_memory
-from qlora_train.memory.plan import DeviceKind, Plan, plan_training
+from qlora_train.memory.answer import PlanResult, answer
 from qlora_train.memory.table import PlanTable, plan_table
 from qlora_train.model.architecture import load_architecture
 from qlora_train.model.binding import refuse_other_base
@@ -35,21 +58,38 @@ from qlora_train.model.load import memory_advice, resolve_device
 from qlora_train.model.skeleton import check_length, linear_layers, load_config, load_tokenizer, name_table
 from qlora_train.model.source import resolve_source
 from qlora_train.model.trained import MEASURED_ON, load_trained, open_run
+from qlora_train.recipe.advice import near_files
 from qlora_train.recipe.load import LoadedRecipe, load_recipe
 from qlora_train.recipe.schema import Recipe
+from qlora_train.recipe.sources import is_hub_id
 from qlora_train.report.run import ReportResult, write_report
 from qlora_train.train.deepcheck import Finding, deep_check, refuse_failed
 from qlora_train.train.metrics import Reporter, Silent
+from qlora_train.train.replay import Replay, run_replay
 from qlora_train.train.run import TrainResult, refuse_used, run_training
 from qlora_train.train.setup import load_inputs
 
 __all__ = [
+    "AdapterDiff",
+    "AdapterInfo",
+    "Analysis",
     "ChatSession",
     "ExportResult",
+    "FormatResult",
+    "FormatsResult",
     "LoadedRecipe",
+    "MadeAdapter",
     "PlanResult",
+    "Replay",
     "ReportResult",
+    "ResizedAdapter",
     "TrainResult",
+    "adapter_combine",
+    "adapter_diff",
+    "adapter_fold",
+    "adapter_info",
+    "adapter_resize",
+    "analyze",
     "check",
     "data",
     "env",
@@ -57,6 +97,7 @@ __all__ = [
     "export",
     "open_chat",
     "plan",
+    "replay",
     "report",
     "train",
 ]
@@ -73,6 +114,7 @@ class CheckResult:
     preview: tuple[PreviewRow, ...]
     num_steps: int
     num_params: int
+    notices: tuple[str, ...] = ()
     findings: tuple[Finding, ...] = ()  # of a deep check: what was measured on the model
 
     def refuse_failed(self) -> None:
@@ -86,31 +128,6 @@ class DataResult:
 
     account: Account
     page: Path
-
-
-@dataclass(frozen=True)
-class PlanResult:
-    """What a run will hold, and whether that fits."""
-
-    plan: Plan
-    device: str  # of the plan, in words
-    limit_bytes: int | None  # memory of the device; None where none is known
-    changes: tuple[Change, ...]  # what makes it fit; or, where it fits, what the room is good for
-
-    @property
-    def fits(self) -> bool | None:
-        """Whether every stage fits on the device; None where its memory is not known."""
-        return None if self.limit_bytes is None else self.plan.fits(self.limit_bytes)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return {
-            **self.plan.as_dict(),
-            "device": self.device,
-            "limit_bytes": self.limit_bytes,
-            "fits": self.fits,
-            "changes": [change.as_dict() for change in self.changes],
-        }
 
 
 @dataclass(frozen=True)
@@ -142,6 +159,7 @@ def check(recipe: Path, overrides: Sequence[str] = (), *, deep: bool = False) ->
         preview=tuple(preview(table, inputs.tokenizer, range(min(PREVIEW_ROWS, table.num_rows)))),
         num_steps=loader.num_steps(settings.train.epochs, settings.train.max_steps),
         num_params=sum(parameter.numel() for parameter in inputs.skeleton.parameters()),
+        notices=tuple(filter(None, [steps_notice(settings.train, loader)])),
         findings=findings,
     )
 
@@ -181,15 +199,7 @@ def plan(
     would find here. `model` stands in for model.path: a folder, a hub id, a GGUF file or a bare config.json.
     Raises RecipeError for an unknown card, ModelError where no config is found or the model cannot be trained.
     """
-    settings = _planned_recipe(recipe, overrides, model)
-    config = load_architecture(settings.model)
-    check_length(config, settings.data.seq_len)
-    kind, limit_bytes, device = _planned_device(settings, vram, gpu)
-    found = plan_training(settings, config, device=kind, limit_bytes=limit_bytes)
-    changes: tuple[Change, ...] = ()
-    if limit_bytes is not None:
-        changes = spend(found, limit_bytes) if found.fits(limit_bytes) else advise(found, limit_bytes)
-    return PlanResult(found, device, limit_bytes, changes)
+    return answer(_planned_recipe(recipe, overrides, model), vram=vram, gpu=gpu)
 
 
 def plan_cards(
@@ -208,29 +218,11 @@ def _planned_recipe(recipe: Path, overrides: Sequence[str], model: str | None) -
     """A recipe whose files of rows may be absent."""
     if model is not None:
         path = Path(model).absolute() if Path(model).exists() else model
+        if path == model and (Path(model).suffix in (".json", ".gguf") or model.count("/") != 1):
+            fix = near_files(Path(model)) or "check the path, or name a hub id: OWNER/NAME"
+            raise RecipeError(f"there is no file {model}", fix=fix, where="--model")
         overrides = [*overrides, f"model.path={json.dumps(str(path))}"]
     return load_recipe(recipe, overrides, with_data=False).recipe
-
-
-def _planned_device(recipe: Recipe, vram: str | None, gpu: str | None) -> tuple[DeviceKind, int, str]:
-    """What is planned for: its kind, its memory, and its name."""
-    if vram is not None and gpu is not None:
-        raise RecipeError("--gpu and --vram both say how much memory there is", fix="give one of them")
-    if (vram is not None or gpu is not None) and recipe.model.device == "cpu":
-        raise RecipeError("a card is named, and model.device is cpu", fix="remove --gpu or --vram, or model.device")
-    if gpu is not None:
-        card = find_card(gpu)
-        older = "" if card.is_recent else "; older than its attention kernel and bfloat16, which this plan assumes"
-        return "cuda", card.total_bytes, f"{card.name} ({card.total_gib:.2f} GiB{older})"
-    if vram is not None:
-        return "cuda", parse_memory(vram), f"a card of {vram}"
-    device = resolve_device(recipe.model.device)
-    if device.type == "cuda":
-        import torch
-
-        total = int(torch.cuda.get_device_properties(device).total_memory)
-        return "cuda", total, torch.cuda.get_device_name(device)
-    return "cpu", host_free_bytes(), "the CPUs of this machine"
 
 
 def train(
@@ -239,16 +231,33 @@ def train(
     *,
     resume: bool = False,
     from_step: int | None = None,
+    allow_change: Sequence[str] = (),
     reporter: Reporter | None = None,
 ) -> TrainResult:
     """Train a recipe into its run folder, or go on from its newest checkpoint that verifies (or that of `from_step`).
+
+    `allow_change` names keys of the recipe that decide what is trained and may differ from the checkpoint's: the run is
+    a fork from there on, recorded in its folder.
 
     Raises RecipeError, DataError, ModelError before training; ResumeError when the checkpoint is another run's;
     MachineError for disk, lock and device; NumericsError before an update that is not finite; Interrupted after
     saving when a signal asked to stop.
     """
     loaded = load_recipe(recipe, overrides)
-    return run_training(loaded, resume=resume, from_step=from_step, reporter=reporter or Silent())
+    shown = reporter or Silent()
+    return run_training(loaded, resume=resume, from_step=from_step, allow_change=allow_change, reporter=shown)
+
+
+def replay(
+    recipe: Path, overrides: Sequence[str] = (), *, from_step: int | None = None, reporter: Reporter | None = None
+) -> Replay:
+    """Make logged steps of a run again, in memory, and compare: what a resume is worth on this machine.
+
+    From the newest checkpoint (or that of `from_step`) after which steps were logged: one step, or those up to the next
+    checkpoint where it is near, whose adapter is compared too. Nothing of the run is changed. Raises ResumeError where
+    there is no such step, or the run is another one.
+    """
+    return run_replay(load_recipe(recipe, overrides), from_step=from_step, reporter=reporter or Silent())
 
 
 def evaluate(run: Path, overrides: Sequence[str] = (), *, rows: Path | None = None) -> EvalResult:
@@ -258,6 +267,8 @@ def evaluate(run: Path, overrides: Sequence[str] = (), *, rows: Path | None = No
     `data.eval=FILE`, which `rows` is short for, and how they are read.
     """
     if rows is not None:
+        if not rows.expanduser().exists() and not is_hub_id(str(rows)):
+            raise RecipeError(f"there is no file {rows}", fix=near_files(rows) or "check the path", where="--rows")
         overrides = [*overrides, f"data.eval={json.dumps(str(rows))}"]
     finished = open_run(run, overrides, sections=("eval", *MEASURED_ON))
     recipe = finished.recipe
@@ -268,19 +279,48 @@ def evaluate(run: Path, overrides: Sequence[str] = (), *, rows: Path | None = No
         trained = load_trained(finished)
         causal = CausalModel(trained.model)
         adapter = score_side(causal, trained.tokenizer, split, recipe.eval)
-        with trained.model.disable_adapter():
+        with untrained(trained.model):
             base = score_side(causal, trained.tokenizer, split, recipe.eval)
     return EvalResult(base, adapter)
 
 
-def export(run: Path, target: Path, overrides: Sequence[str] = ()) -> ExportResult:
-    """Merge a run's adapter into its dequantised base, verify the result, and publish it as the folder `target`.
+def export(
+    run: Path,
+    target: Path,
+    overrides: Sequence[str] = (),
+    *,
+    push: str | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> ExportResult:
+    """Merge a run's adapter into its base, verify the result, and publish it as the folder `target`.
 
-    Raises RecipeError when `target` exists, MachineError when the disk is too small, and ModelError when the base is
-    not the one that was trained on or the merged model is further from the trained one than the recipe allows. In
-    each case nothing appears under the name `target`.
+    `push` names a repository on the hub to upload it to afterwards; `say` hears of each stage. `overrides` may change
+    the recipe's `export` section, how many answers `export.base: auto` compares, and the rows.
+
+    Raises RecipeError when `target` exists, MachineError when the disk is too small or the hub refuses, and ModelError
+    when the base is not the one that was trained on or the merged model is further from the trained one, or worse,
+    than the recipe allows. In each case but a failed upload nothing appears under the name `target`.
     """
-    return run_export(open_run(run, overrides, sections=("export", *MEASURED_ON)), target)
+    asked = ("eval.generate_rows", "eval.max_new_tokens", "eval.batch_size")
+    finished = open_run(run, overrides, sections=("export", *asked, *MEASURED_ON))
+    return run_export(finished, target, repository=push, say=say)
+
+
+def export_formats(
+    run: Path,
+    target: Path,
+    formats: Sequence[str],
+    overrides: Sequence[str] = (),
+    *,
+    on_done: Callable[[FormatResult], None] | None = None,
+) -> FormatsResult:
+    """Publish a run in the formats that servers load: as `target` where it is one, else as `target`/FORMAT for each.
+
+    Formats: safetensors, gguf-f16 and others (export/formats/writers.py). `on_done` hears of each as it is published.
+    Raises as `export` does, and ModelError for a model that a format's servers compute otherwise, before any work.
+    """
+    finished = open_run(run, overrides, sections=("export", "eval.batch_size", *MEASURED_ON))
+    return publish_formats(finished, target, formats, on_done=on_done)
 
 
 def open_chat(folder: Path, *, adapters: Sequence[Path] = (), system: str | None = None) -> ChatSession:
@@ -289,7 +329,10 @@ def open_chat(folder: Path, *, adapters: Sequence[Path] = (), system: str | None
     `adapters` are further runs on the same base; each goes by its folder's name.
     """
     if RunDir(folder).recipe.is_file():
-        trained = load_trained(open_run(folder))
+        run, others = open_run(folder), [open_run(other) for other in adapters]
+        for further in others:
+            refuse_other_base(further.base_print, run.base_print)
+        trained = load_trained(run)
         session = ChatSession(
             trained.model,
             trained.tokenizer,
@@ -297,9 +340,7 @@ def open_chat(folder: Path, *, adapters: Sequence[Path] = (), system: str | None
             name=folder.resolve().name,
             conversations=trained.conversations,
         )
-        for other in adapters:
-            further = open_run(other)
-            refuse_other_base(further.base_print, trained.base.print)
+        for other, further in zip(adapters, others, strict=True):
             session.add_adapter(other.resolve().name, further.run_dir.adapter)
         return session
     if not (folder / "config.json").exists():
@@ -322,6 +363,111 @@ def report(runs: Sequence[Path], target: Path | None = None) -> ReportResult:
     MachineError when the page cannot be written.
     """
     return write_report(runs, target)
+
+
+def adapter_info(adapter: Path) -> AdapterInfo:
+    """Method, rank, scaling, targets, norms and effective ranks of an adapter, and the base that it belongs to.
+
+    Here and below an adapter is a run folder, one of its checkpoints, or a folder that PEFT saved. ModelError where it
+    is none, or is damaged.
+    """
+    return describe_adapter(adapter)
+
+
+def adapter_combine(
+    adapters: Sequence[Path],
+    target: Path,
+    *,
+    weights: Sequence[float] | None = None,
+    combination_type: CombinationType = "cat",
+    r: int | None = None,
+    density: float | None = None,
+    seed: int = 0,
+) -> MadeAdapter:
+    """The weighted sum of adapters of one base as the folder `target`, laid out like a run; weights may be negative.
+
+    `cat` is exact, of rank r1 + r2 + ...; with `r` it is the nearest of that rank. `ties` and `dare` take all but
+    `density` of the values out of each update first, and need `r`. Raises RecipeError for arguments that do not go
+    together and when `target` exists; ModelError for adapters of different bases, naming both, or of other shapes.
+    """
+    return combine_adapters(
+        adapters, target, weights=weights, combination_type=combination_type, r=r, density=density, seed=seed
+    )
+
+
+def adapter_resize(
+    adapter: Path,
+    target: Path,
+    *,
+    r: int | None = None,
+    energy: float | None = None,
+    error: float | None = None,
+    per_module: bool = False,
+    seed: int = 0,
+) -> ResizedAdapter:
+    """An adapter of another rank as the folder `target`: `r` itself, or the smallest that keeps what is asked.
+
+    `energy`: every module keeps this share of its squared norm. `error`: over all modules together, at most this share
+    of the norm is lost. All modules get one rank; with `per_module` each its own. Raises as `adapter_combine`.
+    """
+    return resize_adapter(adapter, target, Ask(r, energy, error), per_module=per_module, seed=seed)
+
+
+def adapter_fold(adapter: Path, target: Path) -> MadeAdapter:
+    """The same update as plain LoRA with scaling 1, as the folder `target`. ModelError where no plain LoRA does it."""
+    return fold_adapter(adapter, target)
+
+
+def adapter_diff(first: Path, second: Path) -> AdapterDiff:
+    """How far two adapters of one base are from each other. ModelError for different bases, naming both."""
+    return diff_adapters(first, second)
+
+
+def analyze(runs: Sequence[Path], target: Path | None = None, *, with_base: bool = True) -> Analysis:
+    """Look into one adapter, or into two and what they share; with `target`, write figures and plots there.
+
+    With `with_base` each adapted weight of the base is read, quantised as in training and compared with its update;
+    where the base is not at hand, a notice says so. Raises RecipeError for more than two and when `target` exists.
+    """
+    if not 1 <= len(runs) <= 2:
+        raise RecipeError(f"{len(runs)} adapters; one or two can be looked into", fix="name one or two")
+    if target is not None:
+        refuse_existing(target)
+    notices: list[str] = []
+    analysis = look_into([_subject(run, with_base, notices) for run in runs], notices)
+    if target is not None:
+        write_analysis(analysis, target)
+    return analysis
+
+
+def _subject(run: Path, with_base: bool, notices: list[str]) -> Subject:
+    """An adapter with what can be known of its start and its base."""
+    opened = open_adapter(run)
+    name, method, r = run.resolve().name, opened.method.name, opened.config.r
+    start = read_weight = None
+    if opened.run_dir is not None and with_base:
+        try:
+            finished = open_run(opened.run_dir.root)
+            source = finished.source()
+            read_weight = partial(_read_weight, BaseReader(finished, source))
+            start = start_of(finished, source)
+        except UserError as error:
+            notices.append(f"{run}: its base is not looked at: {error.problems[0].what}")
+    updates = opened.updates()
+    if all(isinstance(update, Delta) for update in updates.values()) or read_weight is None:
+        return Subject(name, method, r, opened.deltas(), start, read_weight)
+    deltas, notice = thin(updates, read_weight, 4 * r)
+    notices.append(f"{run}: {notice}")
+    return Subject(name, method, r, deltas, None, read_weight)
+
+
+def _read_weight(reader: BaseReader, module: str) -> tuple[Tensor, float | None]:
+    """The weight that a module computes with, in float32, and how far quantising took it from the base's own."""
+    name = f"{module}.weight"
+    original = reader.original(name)
+    held = as_float32(reader.as_trained(name, original))
+    is_quantised = reader.recorded(name).quantised
+    return held, float((reader.started(name, original).float() - held).norm()) if is_quantised else None
 
 
 def env() -> dict[str, Any]:

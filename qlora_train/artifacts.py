@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -138,6 +139,21 @@ class RunDir:
         return self.root / "adapter"
 
     @property
+    def resumes(self) -> Path:
+        """One JSON line each time that the run went on: from where, and what was not as before."""
+        return self.root / "resumes.jsonl"
+
+    @property
+    def errors(self) -> Path:
+        """One JSON line for each error that ended a process which held the folder."""
+        return self.root / "errors.jsonl"
+
+    @property
+    def flights(self) -> Path:
+        """Folder of `step-000012` folders: what is known of steps that came to no finite number."""
+        return self.root / "flight"
+
+    @property
     def lock(self) -> Path:
         """Held while a process writes to the folder."""
         return self.root / ".lock"
@@ -146,7 +162,7 @@ class RunDir:
         """What a run writes before its first checkpoint, and writes anew when it starts again."""
         return (
             *(self.recipe, self.environment, self.base, self.evaluation, self.metrics, self.memory),
-            *(self.data, self.fates, self.rejected, self.audit_page),
+            *(self.data, self.fates, self.rejected, self.audit_page, self.errors, self.flights),
             *(self.chat_template, self.checkpoints, self.trackers, self.report_page, self.lock),
         )
 
@@ -214,6 +230,17 @@ def write_json_lines(path: Path, entries: Iterable[Mapping[str, Any]]) -> None:
             file.write((json.dumps(entry, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace"))
 
 
+def append_json_line(path: Path, value: Mapping[str, Any]) -> None:
+    """Add a line of plain data to a file, on disk when this returns; a torn last line of a killed process is ended."""
+    line = (json.dumps(value) + "\n").encode()
+    with explained(path), path.open("a+b", buffering=0) as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read(1) == b"\n" else b"\n" + line
+        file.write(line)
+        os.fsync(file.fileno())
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write plain data as indented JSON; a number that is not finite is our bug and raises ValueError."""
     write_file(path, _json_bytes(value))
@@ -241,7 +268,7 @@ def sha256_file(path: Path) -> str:
 
 @contextlib.contextmanager
 def explained(path: Path, *, num_bytes: int | None = None) -> Iterator[None]:
-    """Turn an error of writing `path` into a MachineError: what, where, bytes needed where known, and bytes free.
+    """Turn an error of writing `path` into a MachineError: what, where, and bytes needed and free on a full disk.
 
     safetensors hides the number of an OSError in its message; it is found there.
     """
@@ -253,7 +280,7 @@ def explained(path: Path, *, num_bytes: int | None = None) -> Iterator[None]:
             raise
         reason = os.strerror(number) if number is not None else str(error)
         raise MachineError(
-            f"cannot write {path}: {reason} ({_circumstances(path, number, num_bytes)})",
+            f"cannot write {path}: {reason}{_circumstances(path, number, num_bytes)}",
             fix=f"{_FIXES.get(number or 0, 'choose another folder')}; what was complete before is untouched",
         ) from error
 
@@ -272,13 +299,13 @@ def _errno(error: OSError | SafetensorError) -> int | None:
 
 
 def _circumstances(path: Path, number: int | None, num_bytes: int | None) -> str:
-    """Who may write there where that is the question, else how much room is needed and left."""
+    """In brackets: who may write there, or how much room is needed and left, where that is the question."""
     folder = next((p for p in [path, *path.absolute().parents] if p.exists()), Path("/"))
     if number in (errno.EACCES, errno.EPERM):
         found = folder.stat()
-        return f"{folder} is {stat.filemode(found.st_mode)} of {_user(found.st_uid)}; this process runs as {_user()}"
-    needed = [] if num_bytes is None else [f"{num_bytes / 2**20:,.1f} MiB needed"]
-    return ", ".join([*needed, f"{shutil.disk_usage(folder).free / 2**20:,.0f} MiB free"])
+        return f" ({folder} is {stat.filemode(found.st_mode)} of {_user(found.st_uid)}; this process runs as {_user()})"
+    needed = "" if num_bytes is None else f"{num_bytes / 2**20:,.1f} MiB needed, "
+    return f" ({needed}{shutil.disk_usage(folder).free / 2**20:,.0f} MiB free)" if number in _NO_ROOM else ""
 
 
 def _user(number: int | None = None) -> str:
@@ -298,15 +325,16 @@ def publishing(
     On leaving: every file is fsynced, MANIFEST.json (`manifest`, sizes, SHA-256, and one of its own) is written last,
     the folders are fsynced, the temporary one is renamed to `target`, and the parent fsynced. With `replace`, a former
     `target` is deleted after that; a process killed in between leaves one of the two, once `sweep` has run. On an
-    exception the temporary folder is removed. `num_bytes` is what will be written, for the message of a full disk.
-    tests/faults/test_kill_save.py kills it at each of its system calls.
+    exception the temporary folder is removed; that of a killed process by the next that publishes under this name.
+    `num_bytes`: what will be written, for a full disk's message. Killed at each call by tests/faults/test_kill_save.py.
     """
     with explained(target, num_bytes=num_bytes):
         make_folder(target.parent)
+        _sweep_unfinished(target)
         temporary = target.parent / f"{TEMPORARY_PREFIX}{target.name}-{os.getpid()}-{secrets.token_hex(4)}"
         temporary.mkdir()
     try:
-        with explained(target, num_bytes=num_bytes):
+        with explained(target, num_bytes=num_bytes), _held(temporary):
             yield temporary
             files = _synced_files(temporary)
             write_json(temporary / MANIFEST, _sealed({"schema": SCHEMA_VERSION, **manifest, "files": files}))
@@ -316,6 +344,27 @@ def publishing(
             _take_name(temporary, target, replace=replace)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[bool]:
+    """Lock a folder while a process works in it, if nobody else does; whether it could be. The kernel frees it."""
+    descriptor, held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY), False
+    try:
+        with contextlib.suppress(OSError):  # somebody works in it, or the file system has no locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = True
+        yield held
+    finally:
+        os.close(descriptor)
+
+
+def _sweep_unfinished(target: Path) -> None:
+    """Remove the temporary folders of `target` in which no process works any more."""
+    for folder in target.parent.glob(f"{TEMPORARY_PREFIX}{glob.escape(target.name)}-[0-9]*-????????"):
+        with contextlib.suppress(OSError), _held(folder) as held:
+            if held:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _synced_files(folder: Path) -> dict[str, dict[str, Any]]:

@@ -89,6 +89,40 @@ class SecurityError(UserError):
     kind, exit_code = "security", 8
 
 
+class Collected:
+    """Errors of checks that do not depend on each other, raised as one. Each check runs in a block of its own.
+
+    >>> collected = Collected()
+    >>> with collected:
+    ...     raise DataError("no rows", fix="add some")
+    >>> with collected:
+    ...     raise ModelError("no model", fix="name one")
+    >>> collected.raise_if_any()
+    Traceback (most recent call last):
+    qlora_train.errors.DataError: error[data] no rows. Fix: add some
+    error[data] no model. Fix: name one
+    """
+
+    def __init__(self) -> None:
+        self._errors: list[UserError] = []
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
+        if isinstance(error, UserError):
+            self._errors.append(error)
+            return True
+        return False
+
+    def raise_if_any(self) -> None:
+        """The first error, with the problems of all; its kind decides the exit code."""
+        if len(self._errors) == 1:
+            raise self._errors[0]
+        if self._errors:
+            raise type(self._errors[0])([problem for error in self._errors for problem in error.problems])
+
+
 class Interrupted(BaseException):
     """A signal ended the run after its state was saved; the process ends with 128 + the signal's number.
 

@@ -13,8 +13,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from comparing.pages import comparison, quantisation, theory
+from methods_table import methods_table
+
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = (ROOT / "README.md", ROOT / "recipes" / "README.md")
+DOCUMENTS = (ROOT / "README.md", ROOT / "recipes" / "README.md", ROOT / "recipes" / "methods" / "README.md")
 FIGURES = ROOT / "tools" / "figures"
 TREE_FOLDERS = ("qlora_train", "tools")
 
@@ -53,21 +56,40 @@ def number(value: float) -> str:
 
 
 def figures_table(name: str) -> str:
-    """All figures of a proof, with the machine and versions they were measured on."""
+    """All figures of a proof, folded away under a line that says how many bars are met."""
+    if not (FIGURES / f"{name}.json").is_file():
+        return not_measured(name)
     report = load_figures(name)
-    lines = ["| What | Measured | Bar |", "|---|---|---|"]
-    for figure in report["figures"]:
-        bar = f"at most {number(figure['at_most'])}" if figure["at_most"] is not None else ""
-        bar = f"at least {number(figure['at_least'])}" if figure["at_least"] is not None else bar
-        note = f" ({figure['note']})" if figure["note"] else ""
-        short = "" if figure["ok"] or not bar else ": **short**"
-        line = f"| {figure['what']} | {number(figure['value'])} {figure['unit']}{note} | {bar}{short} |"
-        lines.append(line.replace("  |", " |"))
-    machine = report["machine"]
+    lines = ["| What | Measured | Bar |", "|---|---|---|", *map(figure_line, report["figures"])]
+    judged = [figure for figure in report["figures"] if figure["at_most"] is not None or figure["at_least"] is not None]
+    short = sum(not figure["ok"] for figure in judged)
+    verdict = f"{short} of {len(judged)} bars <b>short</b>" if short else f"all {len(judged)} bars met"
+    summary = f"<details><summary>{len(report['figures'])} figures, {verdict}</summary>"
+    return "\n".join([summary, "", *lines, "", "</details>", "", f"Measured on {machine(report)}."])
+
+
+def not_measured(name: str) -> str:
+    """In place of figures that are not there."""
+    return f"Not measured yet: `make prove WHAT={name} JSON=tools/figures/{name}.json`."
+
+
+def figure_line(figure: dict[str, Any]) -> str:
+    """A figure beside its bar."""
+    bar = f"at most {number(figure['at_most'])}" if figure["at_most"] is not None else ""
+    bar = f"at least {number(figure['at_least'])}" if figure["at_least"] is not None else bar
+    note = f" ({figure['note']})" if figure["note"] else ""
+    short = "" if figure["ok"] or not bar else ": **short**"
+    line = f"| {figure['what']} | {number(figure['value'])} {figure['unit']}{note} | {bar}{short} |"
+    return line.replace("  |", " |")
+
+
+def machine(report: dict[str, Any]) -> str:
+    """Where a proof was measured, and with which versions."""
+    found = report["machine"]
     names = ("torch", "transformers", "bitsandbytes", "peft", "trl", "accelerate", "tokenizers", "pyarrow")
-    versions = ", ".join(f"{name} {machine['versions'][name]}" for name in names if name in machine["versions"])
-    where = f"{machine['cpu_count']} CPU cores ({machine['cpu_capability']}), no GPU, Python {machine['python']}"
-    return "\n".join([*lines, "", f"Measured on {where}; {versions}."])
+    versions = ", ".join(f"{name} {found['versions'][name]}" for name in names if name in found["versions"])
+    cores = f"{found['cpu_count']} CPU cores ({found['cpu_capability']})"
+    return f"{cores}, no GPU, Python {found['python']}; {versions}"
 
 
 def figures_of(recipe: str) -> dict[str, float]:
@@ -101,22 +123,62 @@ def recipes() -> str:
     lines.append("|---|---|---|---|---|---|---|")
     for recipe, what, before, after in rows:
         values = figures_of(recipe)
+        if not values.keys() >= {before, after, "wall time", "training speed", "peak resident memory"}:
+            continue
         lines.append(
             f"| [{recipe}.yaml]({recipe}.yaml) | {what} | {values[before]:.3g} | {values[after]:.3g} "
             f"| {values['wall time']:,.0f} s | {values['training speed']:,.0f} "
             f"| {values['peak resident memory']:.2f} GiB |"
         )
-    return "\n".join(lines)
+    return "\n".join(lines) if len(lines) > 2 else not_measured("main-job")
+
+
+def cards() -> str:
+    """What the recipes for cards are planned to hold."""
+    lines = ["| Recipe | Planned peak on the least card of its class | That card has |", "|---|---|---|"]
+    for figure in load_figures("fit")["figures"]:
+        recipe, _, card = figure["what"].partition(": planned on an ")
+        if card:
+            lines.append(f"| {recipe}.yaml | {figure['value']:.1f} GiB | {card}: {figure['at_most']:.1f} GiB |")
+    return (
+        "\n".join(lines) if len(lines) > 2 else "Not measured yet: `make prove WHAT=fit JSON=tools/figures/fit.json`."
+    )
+
+
+def keys() -> str:
+    """Every key of a recipe: its default, and its unit and reason."""
+    schema = json.loads((ROOT / "recipes" / "recipe.schema.json").read_text(encoding="utf-8"))
+    lines: list[str] = []
+    for section, found in schema["properties"].items():
+        if "properties" not in found:
+            continue
+        lines += [f"### {section}", "", "| Key | Default | Meaning |", "|---|---|---|"]
+        for key, shape in found["properties"].items():
+            required = key in found.get("required", ())
+            default = "required" if required else f"`{json.dumps(shape.get('default'))}`"
+            about = shape.get("description", "").replace("|", "\\|")
+            lines.append(f"| `{key}` | {default} | {about} |")
+        lines.append("")
+    return "\n".join(lines).rstrip()
 
 
 PARTS = {
+    "keys": keys,
     "tree": tree,
     "figures:main-job": lambda: figures_table("main-job"),
     "figures:data": lambda: figures_table("data"),
     "figures:speed": lambda: figures_table("speed"),
     "figures:fit": lambda: figures_table("fit"),
+    "figures:resume": lambda: figures_table("resume"),
+    "figures:deploy": lambda: figures_table("deploy"),
+    "figures:methods": lambda: figures_table("methods"),
     "figures:quickstart": quickstart,
     "figures:recipes": recipes,
+    "figures:cards": cards,
+    "figures:compare": comparison,
+    "figures:quant": quantisation,
+    "figures:theory": theory,
+    "methods": methods_table,
 }
 
 

@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import nn
 
-from qlora_train.adapters.layers import lora_layers, register_layers, use_fused
-from qlora_train.adapters.state import load_adapter_config, restore_adapter
+from qlora_train.adapters.config import AdapterConfig, build_config, section_config, section_options
+from qlora_train.adapters.experts import fill_experts, mixture_config
+from qlora_train.adapters.forms.base import Form
+from qlora_train.adapters.forms.delta import select_modules
+from qlora_train.adapters.layers import LoraEmbedding, adapted_layers, register_layers, use_fused
+from qlora_train.adapters.state import has_embeddings, load_adapter_config, restore_adapter
 from qlora_train.errors import ModelError
 from qlora_train.recipe.methods import METHODS
 from qlora_train.recipe.schema import AdapterSection
@@ -38,7 +42,7 @@ class AdapterFacts:
 def attach_adapter(
     model: nn.Module, section: AdapterSection, seed: int, *, base_name: str, fused: bool = True
 ) -> PeftModel:
-    """A PeftModel over `model` with float32 A and B; the start is a pure function of `seed`.
+    """A PeftModel over `model` with a float32 adapter of the recipe's method; the start is a pure function of `seed`.
 
     `fused` chooses the adapted layers' forward: the fused function or its plain twin.
 
@@ -47,25 +51,40 @@ def attach_adapter(
     if section.init_from is not None:
         peft_model = _continue_from(model, section, fused=fused)
     else:
-        config = LoraConfig(
-            r=section.r,
-            lora_alpha=section.alpha,  # PEFT computes with it and stores it as it is
-            lora_dropout=section.dropout,
-            target_modules=section.target_modules
-            if isinstance(section.target_modules, str)
-            else list(section.target_modules),
-            use_rslora=METHODS[section.method].use_rslora,
-            bias="none",
-            task_type="CAUSAL_LM",
-        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(seed, "adapter"))
-            peft_model = get_peft_model(model, register_layers(config))
+            peft_model = get_peft_model(model, register_layers(_new_config(model, section)))
+        if METHODS[section.method].start == "experts":
+            fill_experts(peft_model, section.experts)
         peft_model.peft_config[ADAPTER_NAME].base_model_name_or_path = base_name
         if fused:
             use_fused(peft_model)
     check_attached(peft_model)
     return peft_model
+
+
+def _new_config(model: nn.Module, section: AdapterSection) -> AdapterConfig:
+    """What PEFT is to build; a few methods look at the model, or at other adapters, to know where."""
+    method = METHODS[section.method]
+    if method.start == "experts":
+        return mixture_config(section)
+    if section.embeddings:
+        return section_config(section.model_copy(update={"target_modules": _with_embedding(model, section)}))
+    if method.form == "delta":
+        modules = select_modules(model, section.parameters)
+        return build_config(method, section_options(section), r=1, lora_alpha=1, target_modules=modules)
+    return section_config(section)
+
+
+def _with_embedding(model: Any, section: AdapterSection) -> tuple[str, ...]:
+    """The targets with the token embedding among them, by name."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    modules = dict(model.named_modules())
+    name = next(name for name, module in modules.items() if module is embedding)
+    if not isinstance(section.target_modules, str):
+        return (*section.target_modules, name)
+    linear = {n.rpartition(".")[2] for n, m in modules.items() if isinstance(m, nn.Linear) and m is not head}
+    return (*sorted(linear), name)
 
 
 def load_adapter(
@@ -88,22 +107,41 @@ def load_adapter(
 def _continue_from(model: nn.Module, section: AdapterSection, *, fused: bool) -> PeftModel:
     assert section.init_from is not None
     config = load_adapter_config(section.init_from)
-    asked: dict[str, object] = {"r": section.r, "alpha": section.alpha, "rslora": METHODS[section.method].use_rslora}
-    there: dict[str, object] = {"r": config.r, "alpha": config.lora_alpha, "rslora": config.use_rslora}
+    wanted = section_config(section)
+    asked, there = _described(wanted), _described(config)
+    if "embeddings" in wanted.options:
+        asked["embeddings"], there["embeddings"] = section.embeddings, has_embeddings(section.init_from)
     if not isinstance(section.target_modules, str):  # the default asks for nothing in particular
         asked["target_modules"] = sorted(section.target_modules)
         there["target_modules"] = sorted(config.target_modules or ())
-    if differing := [key for key in asked if asked[key] != there[key]]:
-        what = ", ".join(f"{key} is {there[key]} there and {asked[key]} here" for key in differing)
+    if differing := [key for key in asked if asked[key] != there.get(key)]:
+        what = ", ".join(f"{key} is {there.get(key)} there and {asked[key]} here" for key in differing)
         raise ModelError(
             f"adapter.init_from: {section.init_from}: {what}", fix="write the adapter's own values in the recipe"
         )
     return load_adapter(model, section.init_from, trainable=True, dropout=section.dropout, fused=fused)
 
 
+def _described(config: AdapterConfig) -> dict[str, object]:
+    """What two adapters must have in common for one to go on from the other, in the recipe's words.
+
+    A folder that plain PEFT can load does not say by which start or rule it was trained, and need not.
+    """
+    method = config.method.name
+    if config.method.is_peft:
+        method = "dora" if config.use_dora else "rslora" if config.use_rslora else "lora"
+    asked: dict[str, object] = {"method": method}
+    if "r" in config.method.reads:
+        asked |= {"r": config.r, "alpha": config.lora_alpha}
+    return asked | {key: value for key, value in config.options.items() if key in vars(config.form)}
+
+
 def check_attached(model: PeftModel) -> None:
-    """Every adapter module must be one of ours, of the declared shape, in float32, and nothing else may train."""
-    layers = lora_layers(model)
+    """Every adapter module must be one of ours, of the method's form, in float32, and nothing else may train.
+
+    PEFT builds plain LoRA without a word where a layer class does not know what a config asks for.
+    """
+    layers = adapted_layers(model)
     adapted = {name.partition(".lora_")[0] for name, _ in model.named_parameters() if ".lora_" in name}
     if foreign := sorted(adapted - set(layers)):
         kind = type(model.get_submodule(foreign[0]).get_base_layer()).__name__
@@ -113,11 +151,30 @@ def check_attached(model: PeftModel) -> None:
         )
     if not layers:
         raise ModelError("the adapter matches no layer", fix="correct adapter.target_modules")
+    _refuse_tied_embedding(model)
+    form = getattr(model.peft_config[ADAPTER_NAME], "form", None)
+    for name, layer in layers.items():
+        variant: Any = layer.lora_variant
+        if form is not None and variant.get(ADAPTER_NAME) is not (None if type(form) is Form else form):
+            raise AssertionError(f"{name} computes {variant}, not {type(form).__name__}")
     for name, parameter in model.named_parameters():
         if ".lora_" not in name and parameter.requires_grad:
             raise AssertionError(f"{name} belongs to the base and would train")
         if ".lora_" in name and parameter.dtype != torch.float32:
             raise AssertionError(f"{name} is {parameter.dtype}, not float32")
+
+
+def _refuse_tied_embedding(model: PeftModel) -> None:
+    """An update of a table that is the output head too would have to be taken apart from it."""
+    base: Any = model.get_base_model()
+    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    for name, layer in adapted_layers(model).items():
+        embedding: Any = layer
+        if isinstance(layer, LoraEmbedding) and head and head.weight is embedding.get_base_layer().weight:
+            raise ModelError(
+                f"{name} is the output head too (tied embeddings): an adapter on it alone would untie them",
+                fix="leave adapter.embeddings out for this model",
+            )
 
 
 def adapter_facts(model: PeftModel) -> AdapterFacts:
@@ -129,4 +186,4 @@ def adapter_facts(model: PeftModel) -> AdapterFacts:
             trainable += math.prod(shape)
         else:
             frozen += math.prod(shape)
-    return AdapterFacts(trainable, frozen, tuple(lora_layers(model)))
+    return AdapterFacts(trainable, frozen, tuple(adapted_layers(model)))

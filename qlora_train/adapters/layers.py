@@ -14,9 +14,15 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
+from peft.tuners.lora.layer import Embedding as PeftEmbedding
 from peft.tuners.lora.layer import Linear as PeftLinear
+from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 
+from qlora_train.adapters.forms.base import Form, apply_gain, layer_tensors
+from qlora_train.adapters.forms.delta import DeltaForm, DeltaLayer
+from qlora_train.adapters.updates import Delta, Update
+from qlora_train.errors import ModelError
 from qlora_train.kernels.dense import FrozenLinear, Workspace, content_state
 from qlora_train.kernels.lora_linear import Branch, lora_linear
 from qlora_train.quant.bnb import Linear4bit
@@ -25,6 +31,7 @@ from qlora_train.quant.bnb import Linear4bit
 # result more slowly: what was computed for a sibling is then not asked for.
 READ_THE_SAME = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 FEW_TOKENS = 16
+PLAIN = Form()
 _LAYER_INDEX = re.compile(r"\.\d+\.")  # "model.layers.3.mlp.down_proj": the place is what follows the last index
 
 
@@ -36,17 +43,17 @@ class _Siblings:
         self._made_for: tuple[Tensor, object] | None = None
         self._waiting: dict[nn.Module, Tensor] = {}
 
-    def all_plain(self) -> bool:
+    def all_served(self) -> bool:
         """Whether one function can compute them all. With dropout it cannot: PEFT draws a mask for each layer."""
-        return all(layer.is_plain() for layer in self._layers)
+        return all(layer.is_served() for layer in self._layers)
 
     def forward(self, layer: nn.Module, x: Tensor) -> Tensor:
         """The result of `layer`, which is one of these."""
-        branches = [one.branch() for one in self._layers]
-        weights = [weight for branch in branches for weight in (branch.weight_A_rI, branch.weight_B_Or)]
-        state = torch.is_grad_enabled(), [content_state(tensor) for tensor in (x, *weights)]
+        parts = [tensor for one in self._layers for tensor in one.own_tensors().values()]
+        state = torch.is_grad_enabled(), [content_state(tensor) for tensor in (x, *parts)]
         fresh = self._made_for is not None and self._made_for[0] is x and self._made_for[1] == state
         if not fresh or layer not in self._waiting:
+            branches = [one.branch() for one in self._layers]
             self._waiting = dict(zip(self._layers, lora_linear(x, branches), strict=True))
             self._made_for = (x, state)
         result = self._waiting.pop(layer)
@@ -56,27 +63,46 @@ class _Siblings:
 
 
 class _OwnForward:
-    """Our forward for one active plain adapter; everything else falls back to PEFT's and is counted."""
+    """Our forward for one active adapter; everything else falls back to PEFT's and is counted."""
 
     num_fallbacks = 0
     frozen: FrozenLinear | None = None  # None: the plain twin of the fused function
     siblings: _Siblings | None = None
 
-    def _plain_adapter(self, kwargs: dict[str, Any]) -> str | None:
-        """The one adapter our forward can serve; None when merged, disabled, several, a variant, or given arguments."""
+    def resolve_lora_variant(self, *, config: LoraConfig, **kwargs: Any) -> LoraVariant | None:
+        """The method's form, which PEFT calls a variant; its own plain form is no variant at all."""
+        form = getattr(config, "form", None)
+        if form is None:
+            found: LoraVariant | None = super().resolve_lora_variant(config=config, **kwargs)  # type: ignore[misc]
+            return found
+        return None if type(form) is Form else form
+
+    def _served_adapter(self, kwargs: dict[str, Any]) -> str | None:
+        """The one adapter our forward can serve; None when merged, disabled, several, foreign, or given arguments."""
         layer: Any = self
         if kwargs or layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
             return None
         name: str = layer.active_adapters[0]
-        plain = name in layer.lora_A and name not in layer.lora_variant and not layer.lora_bias[name]
-        return name if plain and not getattr(layer, "fan_in_fan_out", False) else None
+        known = name in layer.lora_A and isinstance(layer.lora_variant.get(name, PLAIN), Form)
+        served = known and not layer.lora_bias[name] and not getattr(layer, "fan_in_fan_out", False)
+        return name if served else None
+
+    def form(self) -> Form:
+        """How the active adapter's tensors make its update."""
+        layer: Any = self
+        form: Form = layer.lora_variant.get(layer.active_adapters[0], PLAIN)
+        return form
+
+    def own_tensors(self) -> dict[str, Tensor]:
+        """The active adapter's tensors by attribute."""
+        layer: Any = self
+        return layer_tensors(layer, layer.active_adapters[0])
 
     def branch(self) -> Branch:
-        """What the fused function needs of this layer, whose one active adapter is plain."""
+        """What the fused function needs of this layer, whose one active adapter is served."""
         layer: Any = self
         assert self.frozen is not None
-        name = layer.active_adapters[0]
-        return Branch(self.frozen, layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
+        return Branch(self.frozen, *self.form().factors(self.own_tensors()), layer.scaling[layer.active_adapters[0]])
 
     def dropout_now(self) -> float:
         """The active adapter's dropout; 0 outside training."""
@@ -84,26 +110,38 @@ class _OwnForward:
         dropout = layer.lora_dropout[layer.active_adapters[0]]
         return dropout.p if layer.training and isinstance(dropout, nn.Dropout) else 0.0
 
-    def is_plain(self) -> bool:
+    def is_served(self) -> bool:
         """Whether the fused function can stand in for this layer without dropout."""
-        return self.frozen is not None and self._plain_adapter({}) is not None and not self.dropout_now()
+        return self.frozen is not None and self._served_adapter({}) is not None and not self.dropout_now()
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """`base(x) + scaling * B A dropout(x)`; x (..., in) in the compute dtype, to which A and B are cast."""
+        """`base(x) + scaling * B' A' dropout(x)`; x (..., in) in the compute dtype, to which both factors are cast."""
         layer: Any = self
-        name = None if args else self._plain_adapter(kwargs)
+        name = None if args else self._served_adapter(kwargs)
         if name is None:
             layer.num_fallbacks += 1
             result: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
             return result
+        form = self.form()
+        if form.own_forward is not None:
+            return form.own_forward(layer, name, x)
+        summed = self._summed(x, name, form)
+        gain = form.gain(self.own_tensors(), layer, name, x.dtype)
+        return apply_gain(summed, gain, getattr(layer.base_layer, "bias", None))
+
+    def _summed(self, x: Tensor, name: str, form: Form) -> Tensor:
+        """Base and adapter's branch, by the fused function or its twin."""
+        layer: Any = self
         if self.frozen is not None and not _few_on_cuda(x):
-            if self.siblings is not None and self.siblings.all_plain():
+            if self.siblings is not None and self.siblings.all_served():
                 return self.siblings.forward(layer, x)
             return lora_linear(x, [self.branch()], self.dropout_now())[0]
+        weight_A, weight_B = form.factors(self.own_tensors())
         dropped: Tensor = layer.lora_dropout[name](x)
-        down = nn.functional.linear(dropped, layer.lora_A[name].weight.to(x.dtype)) * layer.scaling[name]
-        update = nn.functional.linear(down, layer.lora_B[name].weight.to(x.dtype))
-        return update + layer.base_layer(x)
+        down = nn.functional.linear(dropped, weight_A.to(x.dtype)) * layer.scaling[name]
+        update = nn.functional.linear(down, weight_B.to(x.dtype))
+        result: Tensor = update + layer.base_layer(x)
+        return result
 
 
 def _few_on_cuda(x: Tensor) -> bool:
@@ -119,15 +157,30 @@ class LoraFloat(_OwnForward, PeftLinear):
     """LoRA on an unquantised linear layer."""
 
 
+class LoraEmbedding(PeftEmbedding):
+    """LoRA on the token embedding, as PEFT computes it: its A (r, vocabulary) starts at zero, its B is random."""
+
+    num_fallbacks = 0
+
+
 def register_layers(config: LoraConfig) -> LoraConfig:
     """Make PEFT build our layers for this config. The mapping is not saved: call again after loading."""
+    if isinstance(getattr(config, "form", None), DeltaForm):
+        config._register_custom_module({nn.Module: DeltaLayer})
+        return config
     # bitsandbytes' class is an nn.Linear, and the first match wins.
-    config._register_custom_module({Linear4bit: Lora4bit, nn.Linear: LoraFloat})
+    config._register_custom_module({Linear4bit: Lora4bit, nn.Linear: LoraFloat, nn.Embedding: LoraEmbedding})
     return config
 
 
+def adapted_layers(model: nn.Module) -> dict[str, Lora4bit | LoraFloat | LoraEmbedding | DeltaLayer]:
+    """Every module that carries something trained, by its dotted name in `model`."""
+    kinds = (Lora4bit, LoraFloat, LoraEmbedding, DeltaLayer)
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+
+
 def lora_layers(model: nn.Module) -> dict[str, Lora4bit | LoraFloat]:
-    """Every layer that carries an adapter, by its dotted name in `model`."""
+    """Every linear layer that carries an adapter, by its dotted name in `model`."""
     return {name: module for name, module in model.named_modules() if isinstance(module, (Lora4bit, LoraFloat))}
 
 
@@ -150,8 +203,17 @@ def keep_dense(model: nn.Module, dtype: torch.dtype) -> int:
     return sum(layer.frozen.make_resident(dtype) for layer in lora_layers(model).values() if layer.frozen is not None)
 
 
+def layer_update(layer: Lora4bit | LoraFloat, adapter: str) -> Update:
+    """What the adapter does to the layer's weight, as `adapters.fold` reads it from a folder."""
+    form: Form = layer.lora_variant.get(adapter, PLAIN)
+    tensors = {name: tensor.detach() for name, tensor in layer_tensors(layer, adapter).items()}
+    return form.update(tensors, layer.scaling[adapter])
+
+
 @torch.no_grad()
 def delta_weight(layer: Lora4bit | LoraFloat, adapter: str) -> Tensor:
-    """The dense update (O, I) in float32, scaling included: `scaling * B A`."""
-    weight_A, weight_B = layer.lora_A[adapter].weight.float(), layer.lora_B[adapter].weight.float()
-    return (weight_B @ weight_A) * layer.scaling[adapter]
+    """The dense update (O, I) in float32, scaling included: `scaling * B' A'`. ModelError where there is none."""
+    update = layer_update(layer, adapter)
+    if not isinstance(update, Delta):
+        raise ModelError("this method's update is no product of two factors", fix="use `layer_update`")
+    return update.dense(layer.lora_A[adapter].weight.device)

@@ -14,19 +14,28 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from qlora_train.adapters.config import AdapterConfig, build_config
+from qlora_train.adapters.forms.base import EMBEDDING, FACTORS
 from qlora_train.errors import ModelError
+from qlora_train.recipe.methods import METHODS, Method
+from qlora_train.recipe.schema import AdapterSection
 from qlora_train.untrusted import read_header, read_json_object, refuse_links_out, refuse_pickles
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 MAX_RANK, MAX_ALPHA = 4096, 1e9  # as in a recipe
 MAX_TARGETS = 1000
+MAX_PATTERNS = 20_000  # a module each
 _MODULE_NAME = re.compile(r"\w+(\.\w+)*", re.ASCII)
 # Fields that are read, and fields that say where the adapter comes from, which nothing follows.
 _KNOWN_FIELDS = frozenset(
-    {"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "inference_mode"}
+    {"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "target_modules", "inference_mode"}
+    | {"rank_pattern", "alpha_pattern", "qlora_train"}
     | {"base_model_name_or_path", "revision", "peft_version", "auto_mapping", "task_type", "bias", "init_lora_weights"}
 )
+# PEFT must not take a folder for plain LoRA that only we compute right: this kind of adapter it does not know.
+_OWN_TYPE = "QLORA_TRAIN"
+_TAG = "qlora_train"
 # Starts that change no base: the saved A and B are the whole adapter.
 _ALLOWED_VALUES: dict[str, tuple[object, ...]] = {
     "task_type": ("CAUSAL_LM", None),
@@ -42,7 +51,12 @@ def adapter_tensors(model: PeftModel) -> dict[str, Tensor]:
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
-    """Write `adapter_model.safetensors` and `adapter_config.json` into an existing folder."""
+    """Write `adapter_model.safetensors` and `adapter_config.json` into an existing folder.
+
+    Where PEFT would compute something else from them (methods whose row says so), the config names a kind of adapter
+    that PEFT does not know, and the method with its options: other programs refuse it, and `adapter fold` gives them
+    what they can load.
+    """
     save_file(adapter_tensors(model), folder / WEIGHTS, metadata={"format": "pt"})
     config = model.peft_config[model.active_adapter]
     assert isinstance(config, LoraConfig)
@@ -51,37 +65,82 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
         config.save_pretrained(str(folder))
     finally:
         config.inference_mode = inference_mode
+    if isinstance(config, AdapterConfig) and not config.method.is_peft:
+        path = folder / CONFIG
+        tag = {"method": config.method.name, "options": config.options}
+        data = json.loads(path.read_text(encoding="utf-8")) | {"peft_type": _OWN_TYPE, _TAG: tag}
+        path.write_text(json.dumps(data, indent=2, sort_keys=True), encoding="utf-8")
 
 
-def load_adapter_config(folder: Path) -> LoraConfig:
-    """The LoRA config of an adapter folder, held against the header of its weights; no tensor is read.
+def load_adapter_config(folder: Path) -> AdapterConfig:
+    """The config of an adapter folder, held against the header of its weights; no tensor is read.
 
-    Only plain LoRA is let in: any field that PEFT would act on besides the ones we know must have its default. A pickle
-    in the folder is a SecurityError; anything else that is missing, of another kind or contradictory a ModelError.
+    Let in are plain LoRA, DoRA and the methods of our table: any field that PEFT would act on besides the ones we know
+    must have its default. A pickle in the folder is a SecurityError; anything else that is missing, of another kind or
+    contradictory a ModelError.
     """
     path, weights = folder / CONFIG, folder / WEIGHTS
     if folder.is_dir():
         refuse_links_out(folder)
         refuse_pickles(folder.iterdir(), str(folder))
     data = read_json_object(path)
-    if data.get("peft_type") != "LORA":
+    if data.get("peft_type") not in ("LORA", _OWN_TYPE):
         raise ModelError(f"{path}: peft_type is {data.get('peft_type')!r}", fix="use a LoRA adapter")
     _check_numbers(path, data)
     targets = _target_modules(path, data.get("target_modules"))
+    method, options = _method(path, data)
     _refuse_other_fields(path, data)
     if not weights.is_file():
         raise ModelError(f"{folder} holds no {WEIGHTS}", fix="use an adapter saved as safetensors")
-    _check_pairs(weights, data["r"])
-    return LoraConfig(
+    config = build_config(
+        method,
+        options,
         r=data["r"],
         lora_alpha=data["lora_alpha"],
         lora_dropout=data.get("lora_dropout", 0.0),
-        use_rslora=data.get("use_rslora", False),
         target_modules=targets,
-        bias="none",
-        task_type="CAUSAL_LM",
+        rank_pattern=_pattern(path, data, "rank_pattern", int, MAX_RANK),
+        alpha_pattern=_pattern(path, data, "alpha_pattern", float, MAX_ALPHA),
         base_model_name_or_path=str(data.get("base_model_name_or_path") or ""),
     )
+    _check_tensors(weights, config)
+    return config
+
+
+def _method(path: Path, data: dict[str, Any]) -> tuple[Method, dict[str, Any]]:
+    """The row of the method table, and its options: from the tag, else from PEFT's own flags."""
+    tag = data.get(_TAG)
+    if (tag is None) != (data["peft_type"] == "LORA"):
+        raise ModelError(f"{path}: peft_type and {_TAG} contradict each other", fix="restore the file")
+    if tag is None:
+        name = "dora" if data.get("use_dora") is True else "rslora" if data.get("use_rslora") is True else "lora"
+        return METHODS[name], {}
+    named, options = (tag.get("method"), tag.get("options")) if isinstance(tag, dict) else (None, None)
+    row = METHODS.get(named) if isinstance(named, str) else None
+    if row is None or row.is_peft or not isinstance(options, dict):
+        raise ModelError(f"{path}: {_TAG} names no method of ours: {json.dumps(tag)[:80]}", fix="restore the file")
+    try:
+        if options.keys() != set(row.options):
+            raise ValueError(f"the options of {row.name} are {', '.join(row.options) or 'none'}")
+        # Values pass the recipe's own checks: a path is a text in JSON, a list stands for a tuple.
+        section = AdapterSection.model_validate_json(json.dumps({"method": row.name, **options}))
+    except ValueError as error:
+        raise ModelError(f"{path}: {_TAG}: {str(error).splitlines()[0]}", fix="restore the file") from None
+    values = section.model_dump(mode="json")
+    return row, {key: values[key] for key in row.options}
+
+
+def _pattern(path: Path, data: dict[str, Any], key: str, kind: type, most: float) -> dict[str, Any]:
+    """A rank or alpha for some modules. PEFT reads the names as regular expressions, so they must be escaped names."""
+    found = data.get(key) or {}
+    kinds = (int,) if kind is int else (int, float)
+    good = isinstance(found, dict) and all(
+        _MODULE_NAME.fullmatch(name.replace("\\.", ".")) and type(value) in kinds and 0 < value <= most
+        for name, value in found.items()
+    )
+    if not good or len(found) > MAX_PATTERNS:
+        raise ModelError(f"{path}: {key} must give a number for names of modules", fix="restore the file")
+    return dict(found)
 
 
 def _check_numbers(path: Path, data: dict[str, Any]) -> None:
@@ -95,8 +154,11 @@ def _check_numbers(path: Path, data: dict[str, Any]) -> None:
     if not 0 < alpha <= MAX_ALPHA or not 0 <= dropout < 1:
         what = f"lora_alpha must be above 0 and at most {MAX_ALPHA:g}, lora_dropout from 0 to below 1"
         raise ModelError(f"{path}: {what}", fix="restore the file")
-    if type(data.get("use_rslora", False)) is not bool:
-        raise ModelError(f"{path}: use_rslora must be true or false", fix="restore the file")
+    for flag in ("use_rslora", "use_dora"):
+        if type(data.get(flag, False)) is not bool:
+            raise ModelError(f"{path}: {flag} must be true or false", fix="restore the file")
+    if data.get("use_rslora") is True and data.get("use_dora") is True:
+        raise ModelError(f"{path}: use_rslora with use_dora is no method of ours", fix="use one of the two")
 
 
 def _target_modules(path: Path, targets: Any) -> list[str] | str:
@@ -126,24 +188,51 @@ def _refuse_other_fields(path: Path, data: dict[str, Any]) -> None:
         raise ModelError(f"{path}: {what}: this is not plain LoRA", fix="use an adapter of plain LoRA")
 
 
-def _check_pairs(weights: Path, r: int) -> None:
-    """The file holds lora_A (r, in) and lora_B (out, r), each with the other, and nothing else."""
+def split_name(name: str) -> tuple[str, str]:
+    """Module and attribute of a tensor's name in an adapter file.
+
+    >>> split_name("base_model.model.layers.0.q_proj.lora_A.weight")
+    ('base_model.model.layers.0.q_proj', 'lora_A')
+    """
+    module, _, attribute = name.rpartition(".lora_")
+    return module, f"lora_{attribute.removesuffix('.weight')}"
+
+
+def has_embeddings(folder: Path) -> bool:
+    """Whether the adapter of a folder is on the token embedding too."""
+    return any(split_name(name)[1] == EMBEDDING[0] for name in read_header(folder / WEIGHTS))
+
+
+def _check_tensors(weights: Path, config: AdapterConfig) -> None:
+    """The file holds what the method's form has for each of its modules, in one rank, and nothing else."""
     header = read_header(weights)
-    for name, entry in header.items():
-        stem, _, half = name.removesuffix(".weight").rpartition(".")
-        if half not in ("lora_A", "lora_B") or not name.endswith(".weight"):
-            raise ModelError(f"{weights}: {name} is no part of plain LoRA", fix="use an adapter of plain LoRA")
-        other = f"{stem}.{'lora_B' if half == 'lora_A' else 'lora_A'}.weight"
-        if other not in header:
-            raise ModelError(f"{weights}: it holds {name} and no {other}", fix="restore the file")
-        rank = entry.shape[0 if half == "lora_A" else 1] if len(entry.shape) == 2 else None
-        if rank != r:
-            raise ModelError(
-                f"{weights}: {name} is {entry.shape}, which is not of rank {r}, as {CONFIG} says",
-                fix="restore the files",
-            )
     if not header:
         raise ModelError(f"{weights} holds no tensors", fix="restore the file")
+    modules: dict[str, dict[str, tuple[int, ...]]] = {}
+    names: dict[tuple[str, str], str] = {}
+    for name, entry in header.items():
+        module, attribute = split_name(name)
+        modules.setdefault(module, {})[attribute] = tuple(entry.shape)
+        names[module, attribute] = name
+    for module, found in modules.items():
+        r = config.rank_of(module)
+        expected = config.form.expected(r, found)
+        for attribute in sorted(found.keys() - expected.keys()):
+            title = "plain LoRA" if config.method.is_peft else config.method.title
+            raise ModelError(
+                f"{weights}: {names[module, attribute]} is no part of {title}", fix="use an adapter of plain LoRA"
+            )
+        for attribute in sorted(expected.keys() - found.keys()):
+            there = names[module, min(found)]
+            missing = f"{module}.{attribute}" + (".weight" if attribute in FACTORS else "")
+            raise ModelError(f"{weights}: it holds {there} and no {missing}", fix="restore the file")
+        for attribute, shape in expected.items():
+            if found[attribute] != shape:
+                raise ModelError(
+                    f"{weights}: {names[module, attribute]} is {found[attribute]}, which is not of rank {r}, as "
+                    f"{CONFIG} says",
+                    fix="restore the files",
+                )
 
 
 def read_adapter_tensors(folder: Path) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import typer
 
 MAX_FILES = 200
+RECIPE_OF_RUN = "recipe.resolved.yaml"
 
 
 def recipes(incomplete: str) -> list[str]:
@@ -17,6 +18,22 @@ def recipes(incomplete: str) -> list[str]:
     beside = [entry for entry in _entries(folder) if entry.name.startswith(name)]
     found = [*beside, *(inner for entry in beside if entry.is_dir() for inner in _entries(entry))]
     return [str(path) for path in found if path.suffix in (".yaml", ".yml")][:MAX_FILES]
+
+
+def runs(incomplete: str) -> list[str]:
+    """Run folders whose path begins so, and folders that may hold some."""
+    start = Path(incomplete)
+    folder, name = (start, "") if incomplete.endswith("/") or not incomplete else (start.parent, start.name)
+    beside = [entry for entry in _entries(folder) if entry.is_dir() and entry.name.startswith(name)]
+    inner = [each for entry in beside for each in _entries(entry)]
+    return [str(path) for path in [*beside, *inner] if (path / RECIPE_OF_RUN).is_file()][:MAX_FILES]
+
+
+def cards(incomplete: str) -> list[str]:
+    """Names of cards that begin so, whatever their case."""
+    from qlora_train.memory.cards import CARDS
+
+    return [card.name for card in CARDS if card.name.lower().startswith(incomplete.lower())]
 
 
 def _entries(folder: Path) -> list[Path]:
@@ -46,16 +63,16 @@ def overrides(ctx: typer.Context, incomplete: str) -> list[tuple[str, str]]:
 
 def _keys() -> dict[str, str]:
     """Every key, dotted, with its description."""
+    from qlora_train.recipe.advice import KEYS
     from qlora_train.recipe.explain import shapes_of
-    from qlora_train.recipe.validate import KEYS
 
     return {f"{name}.{key}": str(shapes_of(name)[key].get("description", "")) for name in KEYS for key in KEYS[name]}
 
 
 def _values(dotted: str) -> list[str]:
     """The values that a key may have where these are few, else its default."""
+    from qlora_train.recipe.advice import KEYS
     from qlora_train.recipe.explain import shapes_of
-    from qlora_train.recipe.validate import KEYS
 
     section, _, key = dotted.partition(".")
     if key not in KEYS.get(section, ()):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -19,13 +17,6 @@ from qlora_train.train.metrics import Reporter
 
 # Without a terminal: one line in so many, and the first and last.
 QUIET_LINES = 20
-
-
-def silence_libraries() -> None:
-    """Keep third-party notices that a user cannot act on out of the display; ours go through the reporter."""
-    warnings.filterwarnings("ignore", module=r"(torch|transformers|peft|bitsandbytes|accelerate|huggingface_hub)\b.*")
-    for name in ("bitsandbytes", "transformers", "peft", "accelerate", "torch"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def duration(seconds: float) -> str:

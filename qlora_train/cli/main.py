@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr
-from functools import partial, wraps
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
-from typing import Annotated, Any, NoReturn, ParamSpec, TextIO, cast
+from typing import Annotated, Any
 
 import typer
 
 from qlora_train import __version__
 from qlora_train.cli import complete
-from qlora_train.cli.streams import SteadyStream, discard
-from qlora_train.errors import Interrupted, OutOfMemory, UserError
-from qlora_train.printable import fit_to_show
+from qlora_train.cli.adapter_verbs import adapter_app
+from qlora_train.cli.verbs import AsJson, Overrides, RecipePath, RunPath, verb
+from qlora_train.errors import OutOfMemory, RecipeError
 
 app = typer.Typer(
     name="qlora-train",
@@ -27,95 +22,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     no_args_is_help=True,
 )
-
-P = ParamSpec("P")
-INTERRUPTED_AT_ONCE = 128 + signal.SIGINT
-NOBODY_READS = 128 + signal.SIGPIPE
-
-RecipePath = Annotated[
-    Path,
-    typer.Argument(
-        metavar="RECIPE", help="A recipe file, e.g. recipes/quickstart.yaml.", autocompletion=complete.recipes
-    ),
-]
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder: the recipe's run.dir.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="[SECTION.KEY=VALUE]...",
-        help="Values in place of the recipe's, e.g. train.epochs=2.",
-        autocompletion=complete.overrides,
-    ),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object; everything else to stderr.")]
+app.add_typer(adapter_app, name="adapter")
 
 
-def _tame_libraries() -> None:
-    """No telemetry, no progress bars, no code from the hub: set before any library loads."""
-    # With `kernels` installed, bitsandbytes 0.50 fetches native code from the hub while it is imported (on CPUs with
-    # AVX512-BF16), and transformers 5.23 for some models. To Python, None here means that it is not installed.
-    sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    os.environ.setdefault("TQDM_DISABLE", "1")
-
-
-def _terminate(number: int, frame: FrameType | None) -> NoReturn:
-    raise Interrupted(number, "stopped; nothing half-written was left")
-
-
-def _leave_removed_folder() -> None:
-    """A scheduler may have removed the working folder; Intel's MKL ends a process that is in no folder."""
-    try:
-        Path.cwd()
-    except FileNotFoundError:
-        print("the working folder was removed: relative paths are taken from /", file=sys.stderr)
-        os.chdir("/")
-
-
-def verb(function: Callable[P, None]) -> Callable[P, None]:
-    """Turn the errors of a verb into a message and an exit code."""
-
-    @wraps(function)
-    def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        _tame_libraries()
-        # A verb without handlers of its own must still run its clean-up: temporary folders go.
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` has it
-                signal.signal(number, _terminate)
-        signal.signal(signal.SIGUSR1, lambda *_: None)  # asks `train` for a checkpoint; may come before it can be heard
-        with redirect_stderr(cast(TextIO, SteadyStream(sys.stderr))):
-            _leave_removed_folder()
-            _run(partial(function, *args, **kwargs))
-
-    return run
-
-
-def _run(function: Callable[[], None]) -> None:
-    """Call a verb; typer.Exit with the exit code of what went wrong."""
-    try:
-        from qlora_train.cli.console import silence_libraries
-
-        silence_libraries()
-        function()
-        sys.stdout.flush()
-    except UserError as error:
-        print(fit_to_show(str(error)), file=sys.stderr)
-        raise typer.Exit(error.exit_code) from None
-    except Interrupted as error:
-        print(fit_to_show(str(error)), file=sys.stderr)
-        raise typer.Exit(error.exit_code) from None
-    except KeyboardInterrupt:
-        print("interrupted; what was saved before is intact", file=sys.stderr)
-        raise typer.Exit(INTERRUPTED_AT_ONCE) from None
-    except BrokenPipeError:
-        discard(sys.stdout)  # the reader of our output went away
-        raise typer.Exit(NOBODY_READS) from None
-
-
-@app.command()
+@app.command(short_help="Every mistake in recipe and data, before anything is loaded.")
 @verb
 def check(
     recipe: RecipePath,
@@ -139,7 +49,7 @@ def check(
     result.refuse_failed()
 
 
-@app.command()
+@app.command(short_help="The fate of every row; writes a page.")
 @verb
 def data(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Account for every row of a recipe's data: kept, cut, dropped, rejected, duplicate; and show what is trained."""
@@ -150,15 +60,16 @@ def data(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = Fals
     show.json_or(as_json, result, lambda: show.data(result))
 
 
-@app.command()
+@app.command(short_help="Memory by cause, before anything is downloaded.")
 @verb
 def plan(
     recipe: RecipePath,
     overrides: Overrides = None,
     gpu: Annotated[
-        list[str] | None, typer.Option(help="A card, e.g. 'RTX 4090'. With --table it may be repeated.")
+        list[str] | None,
+        typer.Option(help="A card, e.g. 'RTX 4090'. With --table it may be repeated.", autocompletion=complete.cards),
     ] = None,
-    vram: Annotated[str | None, typer.Option(help="Memory of a card, e.g. 24GiB.")] = None,
+    vram: Annotated[str | None, typer.Option(help="Memory of a card, e.g. 24GiB (24GB is 22.35GiB).")] = None,
     model: Annotated[
         list[str] | None,
         typer.Option(help="In place of model.path: folder, hub id, GGUF file or config.json. Repeatable with --table."),
@@ -181,7 +92,7 @@ def plan(
         raise typer.BadParameter("several cards or models need --table")
     result = api.plan(recipe, overrides or (), vram=vram, gpu=next(iter(gpus), None), model=next(iter(models), None))
     show.json_or(as_json, result.as_dict(), lambda: show_plan.planned(result))
-    if result.fits is False:
+    if not result.fits:
         raise typer.Exit(OutOfMemory.exit_code)
 
 
@@ -194,17 +105,44 @@ def train(
     from_step: Annotated[
         int | None, typer.Option("--from", metavar="STEP", help="With --resume: from this step.")
     ] = None,
+    allow_change: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SECTION.KEY",
+            help="With --resume: go on although this key is not as it was, as a recorded fork. Repeatable.",
+        ),
+    ] = None,
+    replay: Annotated[
+        bool,
+        typer.Option("--replay", help="With --resume: only make a logged step again and compare; changes nothing."),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train a recipe into its run folder."""
     from qlora_train import api
-    from qlora_train.cli import show
+    from qlora_train.cli import show, show_replay
     from qlora_train.cli.console import display
 
-    if from_step is not None and not resume:
-        raise typer.BadParameter("--from needs --resume")
+    given = (("--from", from_step is not None), ("--allow-change", bool(allow_change)), ("--replay", replay))
+    if missing := [option for option, is_given in given if is_given and not resume]:
+        raise typer.BadParameter(f"{', '.join(missing)} needs --resume")
+    if replay and allow_change:
+        raise typer.BadParameter("--replay compares a run with itself: --allow-change has no place in it")
+    if replay:
+        with display() as reporter:
+            found = api.replay(recipe, overrides or (), from_step=from_step, reporter=reporter)
+        show.json_or(as_json, found, lambda: show_replay.replayed(found))
+        found.refuse_other()
+        return
     with display() as reporter:
-        result = api.train(recipe, overrides or (), resume=resume, from_step=from_step, reporter=reporter)
+        result = api.train(
+            recipe,
+            overrides or (),
+            resume=resume,
+            from_step=from_step,
+            allow_change=allow_change or (),
+            reporter=reporter,
+        )
     show.json_or(as_json, result, lambda: show.trained(result))
 
 
@@ -224,23 +162,43 @@ def evaluate(
     show.json_or(as_json, result, lambda: show.sides(result.base, result.adapter))
 
 
-@app.command()
+@app.command(short_help="Merge, compare with the trained model, publish.")
 @verb
 def export(
     run: RunPath,
     target: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to write; it must not exist.")],
     overrides: Overrides = None,
+    push: Annotated[
+        str | None,
+        typer.Option(metavar="ORG/NAME", help="Upload it to the hub afterwards; a new repository is private."),
+    ] = None,
+    formats: Annotated[
+        list[str] | None,
+        typer.Option("--format", metavar="NAME", help="gguf-f16, gguf-q8_0, lora, w4a16, ...; may be repeated."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Merge the adapter, compare the result with the trained model, and publish it if it is the same."""
+    """Merge the adapter, compare the result with the trained model, and publish it if it is the same.
+
+    export.base=auto measures what to merge onto: the dequantised base, or the original weights. With --format, what
+    servers load: a name that there is not lists them all. Several go into folders of their own below DIR.
+    """
     from qlora_train import api
-    from qlora_train.cli import show
+    from qlora_train.cli import show, show_export, show_formats
 
-    result = api.export(run, target, overrides or ())
-    show.json_or(as_json, result, lambda: show.exported(result))
+    if formats:
+        if push is not None:
+            raise RecipeError("--push uploads what is exported without --format", fix="leave one of them out")
+        on_done = None if as_json else show_formats.published
+        found = api.export_formats(run, target, formats, overrides or (), on_done=on_done)
+        merged = found.merged
+        show.json_or(as_json, found, lambda: show_export.exported(merged) if merged else None)
+        return
+    result = api.export(run, target, overrides or (), push=push, say=show_export.stage)
+    show.json_or(as_json, result, lambda: show_export.exported(result))
 
 
-@app.command()
+@app.command(short_help="Talk to a run or an exported model.")
 @verb
 def chat(
     folder: Annotated[Path, typer.Argument(metavar="RUN_OR_DIR", help="A run folder or an exported model.")],
@@ -259,11 +217,14 @@ def chat(
     talk(session, once=once, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
 
 
-@app.command()
+@app.command(short_help="One page about a run, or several side by side.")
 @verb
 def report(
     runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN [RUN2]...", help="Run folders; several come side by side.")
+        list[Path],
+        typer.Argument(
+            metavar="RUN [RUN2]...", help="Run folders; several come side by side.", autocompletion=complete.runs
+        ),
     ],
     out: Annotated[
         Path | None, typer.Option(help="The page; else report.html in the run folder, or here for several runs.")
@@ -276,6 +237,33 @@ def report(
 
     result = api.report(runs, out)
     show.json_or(as_json, result, lambda: show_report.reported(result))
+
+
+@app.command()
+@verb
+def analyze(
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A run folder, one of its checkpoints, or a folder that PEFT saved.")
+    ],
+    second: Annotated[
+        Path | None, typer.Argument(metavar="[RUN2]", help="Another one, to compare their directions.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="A folder for the plots (SVG, PNG) and the figures; it must not exist.")
+    ] = None,
+    no_base: Annotated[
+        bool, typer.Option("--no-base", help="Do not read the base: no amplification, no start; seconds.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Look inside an adapter: spectra, ranks, start, amplification; of two: which directions they share."""
+    from qlora_train import api
+    from qlora_train.cli import show, show_analysis
+
+    if not no_base:
+        print("reading the base ...", file=sys.stderr)
+    result = api.analyze([run, *([second] if second else [])], out, with_base=not no_base)
+    show.json_or(as_json, result, lambda: show_analysis.analysis(result, out))
 
 
 @app.command()

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from qlora_train.api import CheckResult, DataResult, ExportResult, TrainResult
+from qlora_train.api import CheckResult, DataResult, TrainResult
 from qlora_train.data.audit import Audit
 from qlora_train.data.preview import PreviewRow
 from qlora_train.evaluate.sides import SideScores
 from qlora_train.memory.exhausted import size_text
+from qlora_train.plain import to_plain
 from qlora_train.printable import printable
 from qlora_train.train.deepcheck import Finding
 
@@ -42,19 +41,6 @@ def json_or(as_json: bool, result: Any, show: Callable[[], None]) -> None:
         show()
 
 
-def to_plain(value: Any) -> Any:
-    """Dataclasses with their properties, paths and tuples as JSON knows them."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-        properties = [name for name, attribute in vars(type(value)).items() if isinstance(attribute, property)]
-        return fields | {name: to_plain(getattr(value, name)) for name in properties}
-    if isinstance(value, dict):
-        return {key: to_plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [to_plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
-
-
 def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for index, column in enumerate(columns):
@@ -66,7 +52,10 @@ def check(result: CheckResult, *, list_modules: bool) -> None:
     """The audit lines, and the first rows with what is trained in bold green."""
     for audit in result.audits:
         _audit(audit)
-    _console.print(Text(f"{result.num_params / 1e6:,.1f}M parameters; {result.num_steps:,} optimiser steps"))
+    steps = _count(result.num_steps, "optimiser step", "optimiser steps")
+    _console.print(Text(f"{result.num_params / 1e6:,.1f}M parameters; {steps}"))
+    for notice in result.notices:
+        _console.print(Text(notice))
     if list_modules:
         table = _table("linear layer", "layers")
         for name, count in result.linear_layers.items():
@@ -96,7 +85,7 @@ def data(result: DataResult) -> None:
     account = result.account
     for split in account.splits:
         _audit(split.audit)
-        table = _table("source", "format", "weight", "rows", "trained")
+        table = _table("source", "format", "weight", "rows", "used")
         for source in split.audit.sources:
             counts = (f"{source.weight:g}", f"{source.num_rows:,}", f"{source.num_trained:,}")
             table.add_row(printable(source.name), source.format, *counts)
@@ -230,40 +219,11 @@ def trained(result: TrainResult) -> None:
     _console.print(Text(f"run folder: {result.run_dir}"), soft_wrap=True)
 
 
-def exported(result: ExportResult) -> None:
-    """The verdict on a merge."""
-    verdict = result.verdict
-    table = _table("distance from the trained model", "merged", "adapter off")
-    table.add_row("mean KL (nats per token)", f"{verdict.merged.mean_kl:.2e}", f"{verdict.adapter_off.mean_kl:.2e}")
-    table.add_row(
-        "same most likely token", f"{verdict.merged.top1_agreement:.2%}", f"{verdict.adapter_off.top1_agreement:.2%}"
-    )
-    table.add_row(
-        f"loss (trained: {verdict.merged.reference_nll:.4f})",
-        f"{verdict.merged.candidate_nll:.4f}",
-        f"{verdict.adapter_off.candidate_nll:.4f}",
-    )
-    _console.print(table)
-    _console.print(
-        Text(
-            f"accepted: the merged model's KL is {verdict.kl_frac:.3%} of the adapter's effect (limit "
-            f"{verdict.max_kl_frac:.1%}), on {verdict.merged.num_tokens:,} tokens of "
-            f"{verdict.num_rows} {verdict.split} rows"
-        )
-    )
-    what = "golden prompts: the exported tokenizer gives them the token ids of training"
-    _console.print(Text(f"{result.num_golden_prompts} {what}"))
-    _console.print(
-        Text(f"{result.num_modules} layers merged, {result.num_bytes / 2**20:,.0f} MiB: {result.folder}"),
-        soft_wrap=True,
-    )
-
-
 def environment(facts: dict[str, Any]) -> None:
     """One fact per line."""
     for key, value in facts.items():
         if isinstance(value, dict):
             for name, version in value.items():
-                _console.print(Text(printable(f"{name:<16} {version}")))
+                _console.print(Text(printable(f"{name:<16} {version}")), soft_wrap=True)
         else:
-            _console.print(Text(printable(f"{key:<16} {value}")))
+            _console.print(Text(printable(f"{key:<16} {value}")), soft_wrap=True)

@@ -14,6 +14,7 @@ from qlora_train.memory.table import MOST_PACKS, PlanTable
 from qlora_train.memory.terms import ON_DEVICE, Stage
 
 GIB = 2**30
+EXPLAINING_WIDTH = 100  # columns
 _console = ResultConsole(highlight=False)
 _IN_FEW_WORDS = {constant.source: constant.what for constant in CONSTANTS}
 _STAGE_WORDS: dict[Stage, str] = {
@@ -64,11 +65,13 @@ def _settings(plan: Plan) -> str:
 
 
 def _causes(plan: Plan) -> None:
-    """The terms of training, largest first."""
-    table = _table("training", "GiB", "how", "what")
+    """The terms of training, largest first; with what each is where there is room to say it."""
+    is_wide = _console.width >= EXPLAINING_WIDTH
+    table = _table("training", "GiB", "how", *(("what",) if is_wide else ()))
     for term in plan.of("training"):
         size = f"{term.num_bytes / GIB:.2f}" if term.num_bytes >= GIB / 200 else "< 0.01"
-        table.add_row(term.cause, size, term.how, _IN_FEW_WORDS.get(term.source, term.source))
+        what = (_IN_FEW_WORDS.get(term.source, term.source),) if is_wide else ()
+        table.add_row(term.cause, size, term.how, *what)
     _console.print(table)
 
 
@@ -79,14 +82,14 @@ def _stages(result: PlanResult) -> None:
     for stage, words in _STAGE_WORDS.items():
         peak = plan.peak_bytes(stage)
         if peak:
-            of_limit = f"{peak / limit:.1%} of the device" if limit and stage in ON_DEVICE else ""
+            of_limit = f"{peak / limit:.1%} of the device" if stage in ON_DEVICE else ""
+            if stage == "export" and plan.request.recipe.export.verify == "auto":
+                of_limit = "or layer by layer, where less is free"
             table.add_row(words, f"{peak / GIB:.2f}", of_limit, "")
     _console.print(table)
 
 
 def _verdict(result: PlanResult) -> None:
-    if result.limit_bytes is None:
-        return
     plan, limit = result.plan, result.limit_bytes
     room = limit - plan.device_bytes
     if result.fits:
@@ -105,13 +108,16 @@ def _verdict(result: PlanResult) -> None:
 
 
 def _changes(changes: tuple[Change, ...]) -> None:
-    table = _table("change", "peak GiB", "saves GiB", "time of a step", "fits", "")
+    """Each change on a line to copy, and under it what it does."""
     for change in changes:
-        time = "the same" if abs(change.slowdown_frac) < 0.005 else f"{change.slowdown_frac:+.0%}"
+        _console.print(Text(f"  {change.text}", "bold"), soft_wrap=True)
+        more = -change.saved_bytes / GIB
+        size = f"{change.peak_bytes / GIB:.2f} GiB ({abs(more):.2f} {'more' if more > 0 else 'less'})"
+        speed = f"{abs(change.slowdown_frac):.0%} {'more' if change.slowdown_frac > 0 else 'less'} time a token"
+        time = "as fast a token" if abs(change.slowdown_frac) < 0.005 else speed
+        fits = "fits" if change.fits else "does not fit"
         why = change.why + ("; changes what is learnt" if change.changes_training else "")
-        saves = f"{change.saved_bytes / GIB:.2f}"
-        table.add_row(change.text, f"{change.peak_bytes / GIB:.2f}", saves, time, "yes" if change.fits else "no", why)
-    _console.print(table)
+        _console.print(Text(f"      {size}, {fits}; {time}: {why}"), soft_wrap=True)
 
 
 def table(found: PlanTable) -> None:
@@ -136,6 +142,6 @@ def _gib(num_bytes: int) -> str:
 def _table(*columns: str) -> Table:
     shown = Table(box=None, pad_edge=False, header_style="bold")
     for index, column in enumerate(columns):
-        number = column == "GiB" or column.endswith((" GiB", "step")) or column.split(" ")[0].isdigit()
+        number = column == "GiB" or column.endswith(" GiB") or column.split(" ")[0].isdigit()
         shown.add_column(column, justify="right" if number and index else "left", overflow="fold")
     return shown

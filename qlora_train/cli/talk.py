@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 
 from qlora_train.api import ChatSession
@@ -15,15 +16,19 @@ def talk(session: ChatSession, *, once: str | None, max_new_tokens: int, tempera
     """Answer one message, or all that are typed until the end of the input."""
 
     def answer(text: str) -> None:
-        for piece in session.reply(text, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed):
-            # A model can be taught to write terminal escapes; line breaks are all it may do.
-            print("\n".join(printable(part) for part in piece.split("\n")), end="", flush=True)
+        reply = session.reply(text, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+        with contextlib.closing(reply):
+            for piece in reply:
+                # A model can be taught to write terminal escapes; line breaks are all it may do.
+                print("\n".join(printable(part) for part in piece.split("\n")), end="", flush=True)
         print()
 
     if once is not None:
         answer(once)
         return
-    print(f"{session.active} answers. {HELP}", file=sys.stderr)
+    with contextlib.suppress(ImportError):  # `input` lets lines be edited and brought back where it is loaded
+        import readline  # noqa: F401
+    print(f"{session.active} answers. {HELP}; Ctrl-C ends an answer", file=sys.stderr)
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "").strip()
@@ -34,7 +39,10 @@ def talk(session: ChatSession, *, once: str | None, max_new_tokens: int, tempera
         if line.startswith("/"):
             _command(session, line)
         elif line:
-            answer(line)
+            try:
+                answer(line)
+            except KeyboardInterrupt:
+                print(file=sys.stderr)
 
 
 def _command(session: ChatSession, line: str) -> None:

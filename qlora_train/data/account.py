@@ -23,7 +23,7 @@ from qlora_train.data.loader import Loader
 from qlora_train.data.page import length_histogram, render_page
 from qlora_train.data.preview import PreviewRow, rows_to_look_at
 from qlora_train.data.split import Split
-from qlora_train.recipe.schema import Recipe
+from qlora_train.recipe.schema import Recipe, TrainSection
 
 STREAMED_SAMPLE = 20_000  # rows of which near-duplicates are looked for where each has to be tokenised anew
 
@@ -93,6 +93,17 @@ def build_loader(recipe: Recipe, split: Split, pad_token_id: int) -> Loader:
         seq_len=recipe.data.seq_len,
         source_passes=[source.weight for source in recipe.data.train],
     )
+
+
+def steps_notice(section: TrainSection, loader: Loader) -> str | None:
+    """What to say where the data ends before train.max_steps."""
+    if section.max_steps is None:
+        return None
+    num_steps = loader.num_steps(section.epochs, section.max_steps)
+    if num_steps == section.max_steps:
+        return None
+    given = f"the data gives {num_steps:,} steps in {section.epochs:g} epoch{'' if section.epochs == 1 else 's'}"
+    return f"train.max_steps is {section.max_steps:,}, but {given}: raise train.epochs for more"
 
 
 def account_for(

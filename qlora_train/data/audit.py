@@ -82,6 +82,7 @@ class Audit:
     num_plain_specials: int
     num_control_specials: int
     num_context_turns: int
+    notes: tuple[str, ...] = ()  # what of the sources was not taken as it was written
 
     @property
     def num_rows(self) -> int:
@@ -115,7 +116,7 @@ class Audit:
         lost = f", {self.lost_token_frac:.1%} of the tokens lost" if self.num_lost_tokens else ""
         formats = "format " + ", ".join(dict.fromkeys(source.format for source in self.sources))
         tokens = f"{self.num_tokens:,} tokens, {self.num_supervised_tokens:,} supervised"
-        return f"{self.split}: {rows}, {tokens}{lost}; {formats}"
+        return "; ".join([f"{self.split}: {rows}, {tokens}{lost}", formats, *self.notes])
 
 
 def losses(reasons: Iterable[Reason]) -> list[Reason]:

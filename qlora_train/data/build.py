@@ -15,7 +15,7 @@ from qlora_train.data.encode import Encoder
 from qlora_train.data.formats import detect, parse_row
 from qlora_train.data.hashing import hashes
 from qlora_train.data.problems import RowFault, TemplateFault
-from qlora_train.data.rows import Row, size_of
+from qlora_train.data.rows import MessagesRow, Row, size_of
 from qlora_train.data.sources.base import RawRow, Source
 from qlora_train.data.table import SCHEMA, TokenRow, digest_rows, record_batch
 from qlora_train.data.template import Rendered, Renderer
@@ -55,6 +55,7 @@ class Facts:
     largest_id: int = 0
     end_token_ids: list[int] = field(default_factory=list)  # that rows were taught to end with
     digest: str = ""
+    notes: dict[str, int] = field(default_factory=dict)  # what was not taken as written -> in how many rows
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,8 @@ def _parsed(
         except RowFault as fault:
             note(raw.number, fault, _shown(raw))
             continue
+        for text in row.notes if isinstance(row, MessagesRow) else ():
+            facts.notes[text] = facts.notes.get(text, 0) + 1
         batch.append(_Pending(raw, row))
         num_chars += size_of(row)
         if len(batch) == _BATCH_ROWS or num_chars >= _BATCH_CHARS:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, NamedTuple
 
 from qlora_train.data.problems import RowFault
 from qlora_train.data.rows import Message
@@ -22,12 +22,19 @@ SHAREGPT_ROLES = {
 # What templates read beside role and content. A message's other fields (ids, scores) are left out of the row.
 _TEXT_FIELDS = ("name", "tool_call_id", "reasoning_content", "reasoning", "thinking", "tool_plan")
 _SHAPE = 'write [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]'
+_SHAREGPT_FIX = "they are of the format sharegpt: write data.columns: {conversations: messages}"
 _CALL_SHAPE = 'write {"type": "function", "function": {"name": "...", "arguments": {...}}}'
 
 _LEAST_WEIGHT, _MOST_WEIGHT = 1e-6, 1e6  # well within float32, in which losses are weighted
 _WEIGHT_FIX = "write 0, or a number from 1e-6 to 1e6"
 
-Weights = tuple[float, ...] | None
+
+class Turns(NamedTuple):
+    """A conversation's messages, their weights (None: 1 for every answer; else 0 for what is none), and notes on it."""
+
+    messages: tuple[Message, ...]
+    weights: tuple[float, ...] | None
+    notes: tuple[str, ...]
 
 
 def parse_messages(
@@ -35,11 +42,12 @@ def parse_messages(
     name: str = "messages",
     keys: tuple[str, str] = ("role", "content"),
     roles: Mapping[str, str] = ROLES,
-) -> tuple[tuple[Message, ...], Weights]:
-    """The turns of a conversation and their weights (None: 1 for every answer; else 0 for what is no answer).
+) -> Turns:
+    """The turns of a conversation up to its last answer.
 
-    `keys` are the names that role and content have in the file, `roles` the roles there and what they are here.
-    A null field is as if absent; text in place of the list is read as JSON.
+    `keys` are the names that role and content have in the file, `roles` the roles there and what they are here; other
+    names that are known (SHAREGPT_ROLES), in letters of either case, are taken with a note, as turns after the last
+    answer are left out with one. A null field is as if absent; text in place of the list is read as JSON.
     """
     entries = json_list(value, name, "messages", _SHAPE)
     if not entries:
@@ -47,11 +55,14 @@ def parse_messages(
     messages: list[Message] = []
     weights: list[float] = []
     weighted = False
+    notes: dict[str, None] = {}
     for index, entry in enumerate(entries):
         if not isinstance(entry, dict):
             where = f"{name}[{index}]"
             raise RowFault(f"{where} is {json_name(entry)}; expected an object with {' and '.join(keys)}", _SHAPE)
         message = _plain_message(entry, keys, roles) or _message(entry, f"{name}[{index}]", keys, roles)
+        if (written := entry[keys[0]]) not in roles:
+            notes[f"the role {written!r} is read as {message['role']!r}"] = None
         is_answer = message["role"] == "assistant"
         weight = float(is_answer)
         if "weight" in entry or "train" in entry:
@@ -60,9 +71,12 @@ def parse_messages(
         messages.append(message)
         weights.append(weight)
     _check_order(messages, name)
+    count = 1 + max(index for index, message in enumerate(messages) if message["role"] == "assistant")
+    if count < len(messages):
+        notes["the turns after the last answer are left out"] = None
     if weighted and not any(weights):
         raise RowFault(f"every answer of {name} has the weight 0: there is nothing to train", "leave the row out")
-    return tuple(messages), tuple(weights) if weighted else None
+    return Turns(tuple(messages[:count]), tuple(weights[:count]) if weighted else None, tuple(notes))
 
 
 def json_list(value: object, name: str, of: str, fix: str) -> list[Any]:
@@ -110,11 +124,12 @@ def _message(entry: dict[str, Any], name: str, keys: tuple[str, str], roles: Map
     """One turn with its content and what else templates read."""
     role_key, content_key = keys
     if role_key not in entry:
-        raise RowFault(f"{name} has no {role_key!r}; fields found: {_listed(entry)}", _SHAPE)
+        fix = _SHAREGPT_FIX if entry.keys() >= {"from", "value"} and name.startswith("messages[") else _SHAPE
+        raise RowFault(f"{name} has no {role_key!r}; fields found: {_listed(entry)}", fix)
     written = text_value(entry[role_key], f"{name}.{role_key}")
-    if written not in roles:
+    role = roles.get(written) or SHAREGPT_ROLES.get(written.lower())
+    if role is None:
         raise RowFault(f"{name}.{role_key} is {written!r}; known: {', '.join(roles)}", _near_role(written, roles))
-    role = roles[written]
     calls = _calls(entry.get("tool_calls"), f"{name}.tool_calls", role)
     if content_key not in entry and not calls:
         raise RowFault(f"{name} has no {content_key!r}; fields found: {_listed(entry)}", _SHAPE)
@@ -193,7 +208,7 @@ def _weight(entry: dict[str, Any], name: str, is_answer: bool) -> float:
 
 
 def _check_order(messages: Sequence[Message], name: str) -> None:
-    """RowFault unless every answer follows something to answer, and the last turn is one."""
+    """RowFault unless there is an answer, and every answer follows something to answer."""
     before = ""
     for index, message in enumerate(messages):
         role = message["role"]
@@ -206,9 +221,9 @@ def _check_order(messages: Sequence[Message], name: str) -> None:
         elif role == "tool" and before not in ("assistant", "tool"):
             raise RowFault(f"{name}[{index}] is a tool's result, but no answer that calls it stands before it", _SHAPE)
         before = role
-    if before != "assistant":
+    if all(message["role"] != "assistant" for message in messages):
         what = f"{name} ends with a {before} message: there is no answer to train"
-        raise RowFault(what, "end the conversation with an assistant message")
+        raise RowFault(what, "end the conversation with an assistant message, or leave the row out")
 
 
 def _decoded(text: str, name: str, fix: str) -> object:
@@ -220,7 +235,7 @@ def _decoded(text: str, name: str, fix: str) -> object:
 
 
 def _near_role(written: str, roles: Mapping[str, str]) -> str:
-    known = SHAREGPT_ROLES.get(written.lower()) or next(iter(get_close_matches(written.lower(), roles, n=1)), None)
+    known = next(iter(get_close_matches(written.lower(), roles, n=1)), None)
     return f"rename it to {known!r}" if known else "rename the role"
 
 

@@ -15,6 +15,7 @@ from qlora_train.recipe.schema import DataSection
 from qlora_train.seeds import derive_seed
 
 Side = Literal["train", "eval"]
+SIDES: tuple[Side, ...] = ("train", "eval")
 CODE: dict[Fate, int] = {fate: code for code, fate in enumerate(FATES)}
 ELSEWHERE = -1  # a row of the other side: it is counted there
 _CARVE_KEY = np.uint64(0x9E3779B97F4A7C15)  # so that the choice has nothing to do with other uses of the hash

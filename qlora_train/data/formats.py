@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import lru_cache
@@ -19,8 +19,8 @@ _NO_MAP: ColumnMap = {}
 
 
 def _messages_row(where: str, columns: Columns, names: ColumnMap) -> Row:
-    messages, weights = parse_messages(columns["messages"], "messages", _keys(names, "role", "content"))
-    return MessagesRow(where, messages, parse_tools(columns.get("tools")), weights)
+    turns = parse_messages(columns["messages"], "messages", _keys(names, "role", "content"))
+    return MessagesRow(where, turns.messages, parse_tools(columns.get("tools")), turns.weights, turns.notes)
 
 
 def _sharegpt_row(where: str, columns: Columns, names: ColumnMap) -> Row:
@@ -32,12 +32,12 @@ def _sharegpt_row(where: str, columns: Columns, names: ColumnMap) -> Row:
     if (system := _optional_text(columns, "system")) and entries:
         if isinstance(entries[0], dict) and entries[0].get(keys[0]) == "system":
             raise RowFault("system is given twice: as a column and as conversations[0]", "keep one of them")
-        turns, weights = parse_messages(entries, "conversations", keys, SHAREGPT_ROLES)
+        turns, weights, notes = parse_messages(entries, "conversations", keys, SHAREGPT_ROLES)
         turns = ({"role": "system", "content": system}, *turns)
         weights = None if weights is None else (0.0, *weights)
     else:
-        turns, weights = parse_messages(entries, "conversations", keys, SHAREGPT_ROLES)
-    return MessagesRow(where, turns, parse_tools(columns.get("tools")), weights)
+        turns, weights, notes = parse_messages(entries, "conversations", keys, SHAREGPT_ROLES)
+    return MessagesRow(where, turns, parse_tools(columns.get("tools")), weights, notes)
 
 
 def _alpaca_row(where: str, columns: Columns, names: ColumnMap) -> Row:
@@ -90,12 +90,12 @@ def _prompt_completion_row(where: str, columns: Columns, names: ColumnMap) -> Ro
         for name, entries in (("prompt", prompt), ("completion", completion)):
             if not entries:
                 raise RowFault(f"{name} is empty", "leave the row out")
-        messages, weights = parse_messages([*prompt, *completion], "prompt + completion", keys)
+        messages, weights, notes = parse_messages([*prompt, *completion], "prompt + completion", keys)
         weights = weights or tuple(float(message["role"] == "assistant") for message in messages)
         weights = (*([0.0] * len(prompt)), *weights[len(prompt) :])
         if not any(weights):
             raise RowFault("completion holds no answer to train", "end it with an assistant message")
-        return MessagesRow(where, messages, parse_tools(columns.get("tools")), weights)
+        return MessagesRow(where, messages, parse_tools(columns.get("tools")), weights, notes)
     answer = text_value(completion, "completion")
     if not answer.strip():
         raise RowFault("completion is empty", "fill it in, or leave the row out: there is nothing to train")
@@ -183,8 +183,10 @@ def _detect(columns: tuple[str, ...], map_items: tuple[tuple[str, str], ...]) ->
 def parse_row(where: str, columns: Columns, row_format: str | None, column_map: ColumnMap = _NO_MAP) -> Row:
     """One row in a format of `FORMATS`; RowFault where columns are missing or wrong, or the format is None."""
     if row_format is None:
-        shapes = "; ".join(f"{name}: {' + '.join(entry.columns)}" for name, entry in FORMATS.items())
         what = f"no format fits; columns found: {_listed(columns)}"
+        if likely := _likely_map(columns):
+            raise RowFault(what, f"if that is what they hold, write data.columns: {likely}")
+        shapes = "; ".join(f"{name}: {' + '.join(entry.columns)}" for name, entry in FORMATS.items())
         raise RowFault(what, f"rename the columns, or map them with `columns`, to one of {shapes}")
     entry = FORMATS[row_format]
     if column_map:
@@ -219,6 +221,27 @@ def _missing_columns(columns: Columns, row_format: str) -> tuple[str, str]:
     if other:
         return f"{what}, which is the format {other!r}", "keep rows of one format in a source"
     return what, "add the column, or set the source's format to what its rows are"
+
+
+# Names under which other sets have our columns; the first that is there is offered.
+_CONVERSATIONS = ("dialogue", "dialog", "conversation", "chat", "turns")
+_QUESTIONS = ("question", "instruction", "query", "prompt", "problem", "user", "input")
+_ANSWERS = ("answer", "output", "response", "completion", "reply", "assistant", "solution", "target")
+_TEXTS = ("content", "document", "body", "article", "story")
+
+
+def _likely_map(columns: Columns) -> str:
+    """A column map by which a format fits, as it is written in a recipe; empty where none is likely."""
+    written = {name.strip().lower(): name for name in columns}
+
+    def first(names: Sequence[str]) -> str | None:
+        return next((written[name] for name in names if name in written), None)
+
+    question, answer = first(_QUESTIONS), first(_ANSWERS)
+    if question and answer:
+        return f"{{instruction: {question}, output: {answer}}}"
+    turns, text = first(_CONVERSATIONS), first(_TEXTS)
+    return f"{{messages: {turns}}}" if turns else f"{{text: {text}}}" if text else ""
 
 
 def _nearest(wanted: str, columns: Iterable[str]) -> str | None:

@@ -8,7 +8,7 @@ from itertools import count, pairwise
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import escape
 from numpy.typing import NDArray
 
@@ -79,9 +79,9 @@ def render_page(audit: Mapping[str, Any]) -> str:
 
 
 def templates(package: str) -> Environment:
-    """The templates of a package: all that they are given is escaped, and what they are not given is an error."""
+    """A package's templates and the shared style. What they are given is escaped, what they are not is an error."""
     return Environment(
-        loader=PackageLoader(package, ""),
+        loader=ChoiceLoader([PackageLoader(package, ""), PackageLoader("qlora_train.data", "")]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

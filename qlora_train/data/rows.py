@@ -14,12 +14,13 @@ Tool = Mapping[str, Any]  # a JSON schema of a function, as chat templates take 
 
 @dataclass(frozen=True)
 class MessagesRow:
-    """A conversation that ends with an answer."""
+    """A conversation that ends with an answer. `notes`: what was not taken as it was written."""
 
     where: str  # path:line
     messages: tuple[Message, ...]
     tools: tuple[Tool, ...] = ()
     weights: tuple[float, ...] | None = None  # of each message's loss; 0: not trained. None: 1 for every answer
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -61,7 +62,7 @@ class SpecialText:
             literals = self._special if message["role"] == "assistant" else self._control
             marked = {key: text if key == "role" else self._mark(text, literals) for key, text in message.items()}
             messages.append(marked)
-        return MessagesRow(row.where, tuple(messages), tuple(self._mark(row.tools, self._control)), row.weights)
+        return replace(row, messages=tuple(messages), tools=tuple(self._mark(row.tools, self._control)))
 
     def unmark(self, text: str) -> tuple[str, tuple[tuple[int, int], ...]]:
         """A rendering without the marks, and where the text between them stands in that."""

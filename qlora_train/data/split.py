@@ -15,13 +15,13 @@ from qlora_train.data.audit import EXAMPLES, FATES, TRAINED, Audit, Fate, Reason
 from qlora_train.data.build import LEAST_CHARS_LIMIT, Reading
 from qlora_train.data.cache import CachedSource, cached
 from qlora_train.data.encode import Encoder
-from qlora_train.data.fates import CODE, ELSEWHERE, Side, choose
+from qlora_train.data.fates import CODE, ELSEWHERE, SIDES, Side, choose
 from qlora_train.data.problems import ProblemList, SourceFault
 from qlora_train.data.reencode import Reencoder, read_rows
 from qlora_train.data.rows import MessagesRow, Row
 from qlora_train.data.sources.open import open_source
 from qlora_train.data.table import TokenTable, joined
-from qlora_train.errors import DataError, ModelError
+from qlora_train.errors import Collected, DataError, ModelError
 from qlora_train.recipe.schema import DataSection, Recipe, SourceSection
 
 _ROWS_AT_ONCE = 4096
@@ -101,6 +101,7 @@ class Split:
             num_plain_specials=int(self.undivided.column("num_plain_specials").sum()),
             num_control_specials=int(self.undivided.column("num_control_specials").sum()),
             num_context_turns=int(self.undivided.column("num_context_turns").sum()),
+            notes=tuple(note for source in self.sources if self._owns_faults for note in _notes(source)),
         )
 
     def listed(self) -> Iterator[tuple[str, Fate, str]]:
@@ -194,13 +195,17 @@ class Split:
 def load_splits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Split, Split | None]:
     """Both sides of a recipe; None where it names no held-out rows. See `load_split` for what it raises."""
     section, seed, encoder = recipe.data, recipe.run.seed, Encoder(tokenizer)
-    rows = _read(section, "train", encoder)
-    train = _choose(rows, section, "train", seed)
     if not section.holds_out:
-        return train, None
-    if section.split is None:
-        rows = _read(section, "eval", encoder)
-    return train, _choose(rows, section, "eval", seed)
+        return _choose(_read(section, "train", encoder), section, "train", seed), None
+    if section.split is not None:
+        rows = _read(section, "train", encoder)
+        return _choose(rows, section, "train", seed), _choose(rows, section, "eval", seed)
+    collected, sides = Collected(), []
+    for side in SIDES:
+        with collected:
+            sides.append(_choose(_read(section, side, encoder), section, side, seed))
+    collected.raise_if_any()
+    return sides[0], sides[1]
 
 
 def load_split(section: DataSection, side: Side, tokenizer: PreTrainedTokenizerBase, seed: int) -> Split:
@@ -239,6 +244,15 @@ def _choose(rows: _Rows, section: DataSection, side: Side, seed: int) -> Split:
     return split
 
 
+def _notes(source: CachedSource) -> list[str]:
+    """What of a source was not taken as it was written."""
+    found = [f"in {count:,} row{'' if count == 1 else 's'} {note}" for note, count in source.facts.notes.items()]
+    kind, _, delimiter = source.source.kind.partition(":")
+    if kind == "csv" and delimiter != "," and not source.source.name.lower().endswith(".tsv"):
+        found.append(f"cells are parted by {delimiter!r}, as the header of {source.source.name} shows")
+    return found
+
+
 def _entries(section: DataSection, side: Side) -> tuple[SourceSection, ...]:
     return section.eval if side == "eval" and section.split is None else section.train
 
@@ -246,7 +260,7 @@ def _entries(section: DataSection, side: Side) -> tuple[SourceSection, ...]:
 def _read(section: DataSection, side: Side, encoder: Encoder) -> _Rows:
     """The sources of a side as one table; DataError with what is wrong in any of them."""
     max_chars = max(LEAST_CHARS_LIMIT, section.seq_len * encoder.longest_piece)
-    found, problems = [], ProblemList("mend them and start again")
+    found, problems = [], ProblemList(_MEND_FIX)
     for entry in _entries(section, side):
         reading = Reading(
             row_format=entry.format or section.format,
@@ -268,7 +282,7 @@ def _read(section: DataSection, side: Side, encoder: Encoder) -> _Rows:
 
 def _refuse_bad(split: Split) -> None:
     """The first rows, and the number of all, that the recipe does not allow to be left out."""
-    section, bad, overlong = split.section, ProblemList(_BAD_FIX), ProblemList(_OVERLONG_FIX)
+    section, bad, overlong = split.section, ProblemList(_MEND_FIX, _SKIP_FIX), ProblemList(_OVERLONG_FIX)
     for where, fate, fault in split._faults():
         if fate == "rejected" and section.bad_rows == "fail":
             error = ModelError if fault["kind"] == "template" else DataError
@@ -282,7 +296,8 @@ def _refuse_bad(split: Split) -> None:
     overlong.raise_if_any()
 
 
-_BAD_FIX = "mend them and start again, or set data.bad_rows: skip to leave such rows out and list them"
+_MEND_FIX = "mend them and start again"
+_SKIP_FIX = "set data.bad_rows: skip to leave such rows out and list them"
 _OVERLONG_FIX = "raise data.seq_len, or set data.overlong: drop"
 
 

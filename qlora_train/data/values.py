@@ -29,7 +29,8 @@ def json_name(value: object) -> str:
 def text_value(value: object, name: str) -> str:
     """`value` as text that a tokenizer accepts, or RowFault."""
     if not isinstance(value, str):
-        raise RowFault(f"{name} is {json_name(value)}; expected text", "put the value in quotes, or leave the row out")
+        fix = "fill it in" if value is None else "put the value in quotes"
+        raise RowFault(f"{name} is {json_name(value)}; expected text", f"{fix}, or leave the row out")
     if "\0" in value:
         raise RowFault(f"{name} holds a NUL character at {value.index(chr(0))}", "remove it")
     try:

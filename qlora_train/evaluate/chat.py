@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor
 from transformers import TextIteratorStreamer
 
 from qlora_train.adapters.attach import ADAPTER_NAME, check_attached
+from qlora_train.adapters.inits.residual import untrained
 from qlora_train.adapters.layers import register_layers
 from qlora_train.adapters.state import describe_mismatch, load_adapter_config, read_adapter_tensors
 from qlora_train.data.encode import Encoder
@@ -78,16 +80,21 @@ class ChatSession:
             self.model.set_adapter(self.adapters[name])
         self.active = name
 
-    def reply(self, text: str, *, max_new_tokens: int, temperature: float = 0.0, seed: int = 0) -> Iterator[str]:
-        """Add the user's turn, yield the answer piece by piece, and add it to the conversation."""
+    def reply(self, text: str, *, max_new_tokens: int, temperature: float = 0.0, seed: int = 0) -> Generator[str]:
+        """Add the user's turn, yield the answer piece by piece, and add it to the conversation.
+
+        Closing the iterator, or an interrupt, ends the answer at its next token; what was said so far stays.
+        """
         said = {"role": "user", "content": text}
         prompt_ids = self.prompt_ids([*self.messages, said])
         self.messages.append(said)
         pieces = []
-        for piece in self._generate(prompt_ids, max_new_tokens, temperature, seed):
-            pieces.append(piece)
-            yield piece
-        self.messages.append({"role": "assistant", "content": "".join(pieces).strip()})
+        try:
+            for piece in self._generate(prompt_ids, max_new_tokens, temperature, seed):
+                pieces.append(piece)
+                yield piece
+        finally:
+            self.messages.append({"role": "assistant", "content": "".join(pieces).strip()})
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """What the model is given to answer a conversation: as in training, so special-token text is text."""
@@ -106,13 +113,17 @@ class ChatSession:
     def _encoder(self) -> Encoder:
         return Encoder(self.tokenizer)
 
-    def _generate(self, prompt_ids: list[int], max_new_tokens: int, temperature: float, seed: int) -> Iterator[str]:
+    def _generate(self, prompt_ids: list[int], max_new_tokens: int, temperature: float, seed: int) -> Generator[str]:
         inputs = padded_left([prompt_ids], self.tokenizer.pad_token_id, self.model.device)
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         sampling: dict[str, Any] = (
             {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
         )
         failure: list[BaseException] = []
+        stop = threading.Event()
+
+        def is_stopped(input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+            return torch.full((len(input_ids),), stop.is_set(), device=input_ids.device)
 
         def work() -> None:
             try:
@@ -124,6 +135,7 @@ class ChatSession:
                         max_new_tokens=max_new_tokens,
                         use_cache=True,
                         streamer=streamer,
+                        stopping_criteria=[is_stopped],
                         pad_token_id=self.tokenizer.pad_token_id,
                         eos_token_id=end_token_ids(self.model, self.tokenizer),
                     )
@@ -133,12 +145,15 @@ class ChatSession:
 
         thread = threading.Thread(target=work, daemon=True)
         thread.start()
-        yield from streamer
-        thread.join()
+        try:
+            yield from streamer
+        finally:
+            stop.set()
+            thread.join()
         if failure:
             raise failure[0]
 
     def _without_adapter(self) -> AbstractContextManager[Any]:
         if self.active == BASE and isinstance(self.model, PeftModel):
-            return self.model.disable_adapter()
+            return untrained(self.model)
         return nullcontext()

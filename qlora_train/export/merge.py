@@ -1,4 +1,4 @@
-"""Merge one module at a time: quantise as training did, prove it, dequantise, add the delta in float32, cast once.
+"""Write the merged weights: quantise as training did, prove it, dequantise, add the delta in float32, cast once.
 
     merged = cast(dequantise(quantise(W)) + scaling * B A)
 
@@ -7,41 +7,23 @@ The base is read from the safetensors files that training read; no model is buil
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+import shutil
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft import LoraConfig
-from safetensors import safe_open
 from torch import Tensor
 
-from qlora_train.adapters.state import load_adapter_config, read_adapter_tensors
+from qlora_train.environment import code_sha256, versions
 from qlora_train.errors import ModelError
-from qlora_train.export.safetensors_writer import Planned, plan_shards, write_shards
-from qlora_train.model.binding import refuse_other_shape
-from qlora_train.model.files import stored_tensors
-from qlora_train.model.load import resolve_device
-from qlora_train.model.skeleton import build_skeleton, load_config
+from qlora_train.export.clock import Clock
+from qlora_train.export.safetensors_writer import Planned, plan_shards, shard_names, write_index, write_shard
+from qlora_train.export.tensors import MergedTensors, Onto, adapter_sha256, difference_norm
+from qlora_train.export.unfinished import FinishedShards
 from qlora_train.model.source import Source
 from qlora_train.model.trained import FinishedRun
-from qlora_train.quant.bnb import QuantSettings, dequantize, quantize
-from qlora_train.quant.fingerprint import BasePrint, TensorPrint, print_tensor
-
-_PEFT_PREFIX = "base_model.model."
-
-
-@dataclass(frozen=True)
-class Delta:
-    """The low-rank update of one weight: `scaling * B A`."""
-
-    lora_A: Tensor
-    lora_B: Tensor
-    scaling: float
-
-    def dense(self, device: torch.device) -> Tensor:
-        """The update (O, I) in float32."""
-        return (self.lora_B.to(device).float() @ self.lora_A.to(device).float()) * self.scaling
+from qlora_train.quant.fingerprint import is_finite
 
 
 @dataclass(frozen=True)
@@ -55,116 +37,90 @@ class ModuleRow:
     rounding_norm: float  # of the cast to export_dtype: ||merged - (W4 + delta)||
 
 
-def read_deltas(adapter: Path) -> dict[str, Delta]:
-    """The updates of an adapter folder by the base's parameter name. Refuses what is not plain LoRA."""
-    config = load_adapter_config(adapter)  # refuses what is no pair of lora_A and lora_B
-    tensors = read_adapter_tensors(adapter)
-    stems = sorted(name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight"))
-    return {
-        f"{stem.removeprefix(_PEFT_PREFIX)}.weight": Delta(
-            tensors[f"{stem}.lora_A.weight"], tensors[f"{stem}.lora_B.weight"], _scaling(config)
-        )
-        for stem in stems
-    }
+@dataclass(frozen=True)
+class Merged:
+    """What was written, and what it took."""
+
+    onto: Onto
+    rows: list[ModuleRow]  # one for every adapted weight
+    seconds: dict[str, float]  # read, quantise, prove, merge, cast, write
+    num_shards: int
+    num_taken_over: int  # shards that an earlier export, killed, had finished
+    left_out: tuple[str, ...] = ()  # tensors of the base's files that the model does not compute with
 
 
-def _scaling(config: LoraConfig) -> float:
-    return float(config.lora_alpha) / (math.sqrt(config.r) if config.use_rslora else config.r)
+@dataclass
+class Caster:
+    """Merged tensors in the export dtype, with a row about each adapted weight."""
 
-
-class Merger:
-    """Produces merged tensors by name; keeps a row about each adapted weight."""
-
-    def __init__(self, run: FinishedRun, source: Source, export_dtype: torch.dtype) -> None:
-        self.deltas = read_deltas(run.run_dir.adapter)
-        self.rows: list[ModuleRow] = []
-        self._print: BasePrint = run.base_print
-        self._export_dtype = export_dtype
-        # Loading hands weights to the quantiser in this dtype.
-        self._compute_dtype: torch.dtype = getattr(torch, run.recipe.model.compute_dtype)
-        self._device = resolve_device(run.recipe.model.device)
-        self._settings = QuantSettings(**run.base_print.quant) if run.base_print.quant else None  # type: ignore[arg-type]
-        skeleton = build_skeleton(load_config(source))
-        refuse_other_shape(run.base_print, skeleton)
-        stored = stored_tensors(source, skeleton)
-        # Merged tensors keep the names of the base's files: other programs know the model by them.
-        self._parameter = {tensor.name: name for name, tensor in stored.items()}
-        self._paths = {tensor.name: tensor.path for tensor in stored.values()}
-        self._account_for_every_delta()
-
-    def _account_for_every_delta(self) -> None:
-        """Every update has a weight of its shape."""
-        for name, delta in self.deltas.items():
-            shape = self._print.tensors[name].shape if name in self._print.tensors else None
-            if shape != (delta.lora_B.shape[0], delta.lora_A.shape[1]):
-                raise ModelError(
-                    f"the adapter's update of {name} fits no weight of the base", fix="use the base of the run"
-                )
+    tensors: MergedTensors
+    export_dtype: torch.dtype
+    rows: list[ModuleRow] = field(default_factory=list)
 
     def planned(self) -> list[Planned]:
         """All tensors of the merged model."""
-        return [
-            Planned(stored, self._print.tensors[name].shape, self._export_dtype)
-            for stored, name in sorted(self._parameter.items())
-        ]
+        return [Planned(stored, self.tensors.shape(stored), self.export_dtype) for stored in self.tensors.names]
 
     def produce(self, stored: str) -> Tensor:
-        """One merged tensor (O, I) in the export dtype. ModelError when the base's tensor is not the one of the run."""
-        name = self._parameter[stored]
-        recorded = self._print.tensors[name]
-        loaded = _read_tensor(self._paths[stored], stored).to(self._device)
-        weight = loaded.to(getattr(torch, recorded.dtype)) if not recorded.quantised else loaded
-        base = self._as_trained(name, weight, recorded)
-        delta = self.deltas.get(name)
-        merged = base if delta is None else base + delta.dense(base.device)
-        exported = merged.to(self._export_dtype)
-        if not bool(torch.isfinite(exported).all()):
-            raise ModelError(
-                f"{name}: values up to {float(merged.abs().max()):.3g} do not fit {self._export_dtype}",
-                fix="export with export.export_dtype=bfloat16",
-            )
-        if delta is not None:
-            self.rows.append(
-                ModuleRow(
-                    name,
-                    weight_norm=float(base.norm()),
-                    delta_norm=float((merged - base).norm()),
-                    quant_error_norm=float((loaded.float() - base).norm()) if recorded.quantised else 0.0,
-                    rounding_norm=float((exported.float() - merged).norm()),
+        """One merged tensor (O, I) in the export dtype.
+
+        ModelError when the base's tensor is not the one of the run, and when the dtype cannot hold a value.
+        """
+        name = self.tensors.parameter(stored)
+        exact = self.tensors.exact(stored)
+        with self.tensors.base.clock.of("cast"):
+            exported = exact.to(self.export_dtype)
+            if not is_finite(exported):
+                raise ModelError(
+                    f"{name}: values up to {float(exact.abs().max()):.3g} do not fit {self.export_dtype}",
+                    fix="export with export.export_dtype=bfloat16",
                 )
-            )
+            if (change := self.tensors.changes.get(name)) is not None:
+                self.rows.append(ModuleRow(name, **asdict(change), rounding_norm=difference_norm(exported, exact)))
         return exported
 
-    def _as_trained(self, name: str, weight: Tensor, recorded: TensorPrint) -> Tensor:
-        """The float32 weight that the training computed with, proven by its fingerprint."""
-        stored = weight
-        if recorded.quantised:
-            assert self._settings is not None
-            stored = quantize(weight.to(self._compute_dtype), self._settings)
-        if print_tensor(stored).sha256 != recorded.sha256:
-            raise ModelError(
-                f"{name} is not the tensor that was trained on"
-                + (" after quantising it again" if recorded.quantised else ""),
-                fix="export on the kind of device that trained (quantisers may differ), from the same base files",
-            )
-        return dequantize(stored) if recorded.quantised else stored.float()
 
-    def unused(self) -> list[str]:
-        """Updates that no produced tensor consumed."""
-        return sorted(set(self.deltas) - {row.name for row in self.rows})
-
-
-def merge_to(folder: Path, run: FinishedRun, source: Source) -> list[ModuleRow]:
-    """Write the merged weights into `folder`; one row per adapted weight. Time is dominated by quantising again."""
+def merge_to(
+    folder: Path, run: FinishedRun, source: Source, onto: Onto, finished: FinishedShards, clock: Clock
+) -> Merged:
+    """Write the merged weights into `folder`, taking over finished shards. Quantising again takes most of the time."""
     export = run.recipe.export
-    merger = Merger(run, source, getattr(torch, export.export_dtype))
-    write_shards(folder, plan_shards(merger.planned(), int(export.shard_gib * 2**30)), merger.produce)
-    if unused := merger.unused():
+    tensors = MergedTensors(run, source, onto, clock)
+    caster = Caster(tensors, getattr(torch, export.export_dtype))
+    shards = plan_shards(caster.planned(), int(export.shard_gib * 2**30))
+    rows: list[ModuleRow] = []
+    for name, shard in zip(shard_names(len(shards)), shards, strict=True):
+        key = _key(run, onto, shard)
+        noted = finished.take_over(name, key)
+        clock.say(f"{'writing' if noted is None else 'already there:'} {name} ({len(shard)} tensors)")
+        if noted is None:
+            caster.rows = []
+            with clock.of("write"):
+                digest = write_shard(finished.folder / name, shard, caster.produce)
+            finished.finish(name, key, digest, noted := [asdict(row) for row in caster.rows])
+        rows += [ModuleRow(**row) for row in noted]
+        _same_file(finished.folder / name, folder / name)
+    write_index(folder, shards)
+    if unused := sorted(set(tensors.updates) - {row.name for row in rows}):
         raise ModelError(f"{len(unused)} updates were not merged, first {unused[0]}", fix="report this")
-    return merger.rows
+    return Merged(onto, rows, dict(clock.seconds), len(shards), finished.num_taken_over, tensors.base.left_out)
 
 
-def _read_tensor(path: Path, name: str) -> Tensor:
-    with safe_open(path, framework="pt") as file:
-        tensor: Tensor = file.get_tensor(name)
-        return tensor
+def _key(run: FinishedRun, onto: Onto, shard: list[Planned]) -> dict[str, Any]:
+    """Whatever the bytes of a shard depend on."""
+    return {
+        "adapter": adapter_sha256(run),
+        "base": run.base_print.digest,
+        "onto": onto,
+        "tensors": [[planned.name, list(planned.shape), str(planned.dtype)] for planned in shard],
+        "code": code_sha256(),
+        "versions": versions(),
+    }
+
+
+def _same_file(shard: Path, name: Path) -> None:
+    """A second name for a shard, so that a kill before publishing loses nothing; moved where a file has one name."""
+    try:
+        name.hardlink_to(shard)
+    except OSError:
+        shutil.move(shard, name)

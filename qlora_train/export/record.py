@@ -7,19 +7,18 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from qlora_train.adapters.state import WEIGHTS
-from qlora_train.artifacts import MANIFEST, read_json
+from qlora_train.export.tensors import adapter_sha256
 from qlora_train.export.verify import Verdict
 from qlora_train.model.trained import FinishedRun
 
 
 def record_export(run: FinishedRun, target: Path, verdict: Verdict) -> None:
     """Append to exports.jsonl. A run folder that cannot be written to does not undo an export: the line is missing."""
-    manifest = read_json(run.run_dir.adapter / MANIFEST)
     line = {
         "folder": str(target.absolute()),
         "export_dtype": run.recipe.export.export_dtype,
-        "adapter_sha256": manifest["files"][WEIGHTS]["sha256"],
+        "merged_onto": verdict.onto,
+        "adapter_sha256": adapter_sha256(run),
         "accepted": verdict.accepted,
         "num_rows": verdict.num_rows,
         "split": verdict.split,

@@ -3,25 +3,40 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from qlora_train.artifacts import publishing, read_json
-from qlora_train.data.parity import MAX_ROWS, check_parity, golden_prompts, write_golden
+from qlora_train.data.fates import Side
+from qlora_train.data.parity import MAX_ROWS, Golden, check_parity, golden_prompts, write_golden
+from qlora_train.data.split import Split
 from qlora_train.errors import MachineError, ModelError, RecipeError, is_out_of_memory
-from qlora_train.export.card import figures, model_card
+from qlora_train.evaluate.sides import questions_of
+from qlora_train.export.card import Facts, figures, model_card
+from qlora_train.export.choice import Choice, measure_bases
+from qlora_train.export.clock import Clock
+from qlora_train.export.licence import Licence, copy_texts, find_licence
 from qlora_train.export.merge import merge_to
+from qlora_train.export.noise import Noise, noise
+from qlora_train.export.push import check_push, push
 from qlora_train.export.record import record_export
-from qlora_train.export.verify import Verdict, rows_to_verify, verify
+from qlora_train.export.tensors import Onto
+from qlora_train.export.unfinished import FinishedShards, finished_shards, shards_folder
+from qlora_train.export.verify import MAX_DEVIATION, Reference, Verdict, how_to_verify, observe_trained, verify
 from qlora_train.memory.exhausted import Exhaustion, Option
 from qlora_train.model.load import resolve_device, with_end_tokens
 from qlora_train.model.source import Source
 from qlora_train.model.trained import FinishedRun
 from qlora_train.recipe.schema import Recipe
+
+# Beside the shards: tokenizer, golden prompts, card.
+SMALL_FILES_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -33,39 +48,141 @@ class ExportResult:
     num_modules: int
     num_bytes: int
     num_golden_prompts: int  # that the exported tokenizer turns into the ids of training
+    choice: Choice | None = None  # what was measured for `export.base: auto`
+    noise: Noise | None = None  # the change of each weight beside the errors of quantising and rounding
+    seconds: dict[str, float] = field(default_factory=dict)  # by what they went to
+    peak_memory_bytes: int = 0  # resident, of this process so far
+    num_taken_over: int = 0  # shards that an earlier export, killed, had finished
+    left_out: tuple[str, ...] = ()  # tensors of the base's files that the model does not compute with
+    licence: Licence | None = None
+    pushed_to: str | None = None  # its address on the hub
 
 
-def run_export(run: FinishedRun, target: Path) -> ExportResult:
+def run_export(
+    run: FinishedRun,
+    target: Path,
+    *,
+    repository: str | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> ExportResult:
     """Merge a run's adapter and publish it as `target`; see `api.export` for what it raises."""
     if target.exists():
         raise RecipeError(f"{target} exists already", fix="remove it or choose another folder; it was not touched")
+    if repository is not None:
+        check_push(repository)
     _check_disk(run, target)
+    clock = Clock(say)
     source = run.source()
     audit = read_json(run.run_dir.data)
     tokenizer = run.tokenizer(source)
-    held_out = rows_to_verify(run, tokenizer)
-    with publishing(target, manifest={"base_digest": run.base_print.digest}) as folder:
-        with _memory_advice(run, "while the merged weights were written"):
-            rows = merge_to(folder, run, source)
-        _write_configs(folder, run.recipe, source, audit["end_token_ids"])
-        tokenizer.save_pretrained(str(folder))
-        golden = golden_prompts(held_out.read(range(min(MAX_ROWS, held_out.table.num_rows))), tokenizer)
-        write_golden(folder, golden)
-        check_parity(folder, golden)
-        with _memory_advice(run, "while the merged model was compared with the trained one"):
-            verdict = verify(run, folder, held_out, tokenizer.pad_token_id)
-        if not verdict.accepted:
-            record_export(run, target, verdict)
-            raise ModelError(
-                f"the merged model is not the trained one: KL {verdict.merged.mean_kl:.3g} nats per token is "
-                f"{verdict.kl_frac:.2%} of the adapter's own effect ({verdict.adapter_off.mean_kl:.3g})",
-                fix="export with export.export_dtype=float32; nothing was published",
-            )
-        (folder / "README.md").write_text(model_card(target.name, run, verdict, audit), encoding="utf-8")
-        (folder / "export.json").write_text(json.dumps(figures(run, verdict, rows), indent=1), encoding="utf-8")
-    record_export(run, target, verdict)
-    num_bytes = sum(path.stat().st_size for path in target.iterdir())
-    return ExportResult(target, verdict, len(rows), num_bytes, len(golden))
+    work = _Export(run, source, tokenizer, rows_to_verify(run, tokenizer), clock)
+    manifest = {"base_digest": run.base_print.digest}
+    with (
+        finished_shards(target) as finished,
+        clock.of("publish"),  # what is left of the other stretches: small files, hashes, the disk
+        publishing(target, manifest=manifest) as folder,
+    ):
+        golden = _write_small_files(folder, work, audit["end_token_ids"])
+        facts = work.merge(folder, finished, audit)
+        if not facts.verdict.accepted:
+            record_export(run, target, facts.verdict)
+            raise _refusal(facts.verdict)
+        (folder / "README.md").write_text(model_card(target.name, facts), encoding="utf-8")
+        (folder / "export.json").write_text(json.dumps(figures(facts), indent=1), encoding="utf-8")
+    record_export(run, target, facts.verdict)
+    return ExportResult(
+        folder=target,
+        verdict=facts.verdict,
+        num_modules=len(facts.merged.rows),
+        num_bytes=sum(path.stat().st_size for path in target.iterdir()),
+        num_golden_prompts=len(golden),
+        choice=facts.choice,
+        noise=noise(facts.merged.rows),
+        seconds=dict(clock.seconds),
+        peak_memory_bytes=_peak_resident_bytes(),
+        num_taken_over=facts.merged.num_taken_over,
+        left_out=facts.merged.left_out,
+        licence=facts.licence,
+        pushed_to=None if repository is None else _push(target, repository, say),
+    )
+
+
+@dataclass
+class _Export:
+    """What the stages of an export share."""
+
+    run: FinishedRun
+    source: Source
+    tokenizer: Any
+    held_out: Split
+    clock: Clock
+
+    def merge(self, folder: Path, finished: FinishedShards, audit: dict[str, Any]) -> Facts:
+        """Write the weights and measure them; where it is to be measured what to merge onto, that comes first."""
+        base, choice, reference = self.run.recipe.export.base, None, None
+        onto: Onto
+        if base == "auto":
+            reference, choice = self._choose()
+            onto = choice.onto
+        else:
+            onto = base
+        with _memory_advice(self.run, "while the merged weights were written"):
+            merged = merge_to(folder, self.run, self.source, onto, finished, self.clock)
+        comparing = "while the merged model was compared with the trained one"
+        with _memory_advice(self.run, comparing), self.clock.of("verify"):
+            reference = reference or self._observe()
+            self.clock.say("running the merged model on them")
+            verdict = verify(self.run, folder, reference, merged)
+        licence = find_licence(self.run, self.source)
+        return Facts(self.run, audit, verdict, merged, licence, choice, dict(self.clock.seconds))
+
+    def _observe(self, *, ask: bool = False) -> Reference:
+        how = how_to_verify(self.run)
+        words = "" if how == "whole" else ", one layer at a time"
+        self.clock.say(f"running the trained model on {self.held_out.table.num_rows} {self.held_out.side} rows{words}")
+        limit = self.run.recipe.eval.generate_rows if ask and how == "whole" else 0
+        questions = questions_of(self.held_out, self.tokenizer, limit) if limit else []
+        return observe_trained(self.run, self.source, self.held_out, self.tokenizer.pad_token_id, how, questions)
+
+    def _choose(self) -> tuple[Reference, Choice]:
+        with _memory_advice(self.run, "while the ways to merge were compared"):
+            with self.clock.of("measure trained"):
+                reference = self._observe(ask=True)
+            return reference, measure_bases(self.run, self.source, reference, self.tokenizer, self.clock)
+
+
+def _push(target: Path, repository: str, say: Callable[[str], None]) -> str:
+    say(f"uploading to {repository}")
+    return push(target, repository)
+
+
+def rows_to_verify(run: FinishedRun, tokenizer: Any) -> Split:
+    """The first held-out rows, as many as the comparison reads; training rows where the recipe names no others."""
+    export = run.recipe.export
+    limit = max(export.verify_rows, export.compare_rows) if export.base == "auto" else export.verify_rows
+    side: Side = "eval" if run.recipe.data.holds_out else "train"
+    return run.load_split(side, tokenizer, max_eval_rows=limit, max_train_rows=limit)
+
+
+def _refusal(verdict: Verdict) -> ModelError:
+    if verdict.onto == "original":
+        rise = verdict.loss_rise
+        return ModelError(
+            f"merged onto the original weights the model is another one than was trained, and worse on the "
+            f"{verdict.split} rows: its loss is {verdict.merged.candidate_nll:.4f} nats per token, the trained model's "
+            f"{verdict.merged.reference_nll:.4f} ({rise:+.4f}, limit {verdict.max_loss_rise:+.4f})",
+            fix="nothing was published; export with export.base=dequantized, or take the loss knowingly: "
+            f"export.max_loss_rise={rise * 1.05:.2g}",
+        )
+    what = (
+        f"the merged model is not the trained one: KL {verdict.merged.mean_kl:.3g} nats per token is "
+        f"{verdict.kl_frac:.2%} of the adapter's own effect ({verdict.adapter_off.mean_kl:.3g})"
+    )
+    worst = verdict.worst_layer
+    if worst is None or verdict.layers_hold:
+        return ModelError(what, fix="export with export.export_dtype=float32; nothing was published")
+    off = f"{worst.name} by itself is off by {worst.ratio:,.0f} times what rounding explains (limit {MAX_DEVIATION:g})"
+    return ModelError(f"{what}; {off}", fix="nothing was published; report this")
 
 
 @contextmanager
@@ -82,6 +199,8 @@ def _memory_advice(run: FinishedRun, where: str) -> Iterator[None]:
         if run.recipe.export.verify_rows > 1:
             fewer = f"export.verify_rows={run.recipe.export.verify_rows // 2}"
             options.insert(0, Option(fewer, "the hidden states of half as many rows are held"))
+        if how_to_verify(run) == "whole":
+            options.insert(0, Option("export.verify=layers", "one layer is held at a time, and no whole model"))
         exhaustion = Exhaustion.of(error, where, "export", resolve_device(run.recipe.model.device))
         raise exhaustion.error(
             planned=needed, saved="nothing was published; the run folder is as it was", options=options
@@ -89,14 +208,28 @@ def _memory_advice(run: FinishedRun, where: str) -> Iterator[None]:
 
 
 def _check_disk(run: FinishedRun, target: Path) -> None:
-    """Refuse before any work when the weights cannot fit."""
+    """Refuse before any work when the weights cannot fit beside what a killed export left there."""
     width = {"float32": 4}.get(run.recipe.export.export_dtype, 2)
-    needed = width * run.base_print.num_params
+    needed = width * run.base_print.num_params + SMALL_FILES_BYTES
     folder = next(p for p in target.absolute().parents if p.exists())
-    if (free := shutil.disk_usage(folder).free) < needed:
+    there = sum(path.stat().st_size for path in shards_folder(target).glob("*.safetensors"))
+    if (free := shutil.disk_usage(folder).free) < needed - there:
         raise MachineError(
-            f"{target} needs {needed / 2**30:.2f} GiB, {folder} has {free / 2**30:.2f} GiB free", fix="free space"
+            f"{target} needs {(needed - there) / 2**30:.2f} GiB, {folder} has {free / 2**30:.2f} GiB free",
+            fix="free space",
         )
+
+
+def _write_small_files(folder: Path, work: _Export, end_token_ids: list[int]) -> list[Golden]:
+    """Everything but weights, card and figures; ModelError where the tokenizer would not serve as it trained."""
+    _write_configs(folder, work.run.recipe, work.source, end_token_ids)
+    copy_texts(work.source, folder)
+    work.tokenizer.save_pretrained(str(folder))
+    rows = work.held_out.read(range(min(MAX_ROWS, work.held_out.table.num_rows)))
+    golden = golden_prompts(rows, work.tokenizer)
+    write_golden(folder, golden)
+    check_parity(folder, golden)
+    return golden
 
 
 def _write_configs(folder: Path, recipe: Recipe, source: Source, end_token_ids: list[int]) -> None:
@@ -111,3 +244,8 @@ def _write_configs(folder: Path, recipe: Recipe, source: Source, end_token_ids: 
     generation["eos_token_id"] = ends if len(ends) > 1 else ends[0]
     for name, content in (("config.json", config), ("generation_config.json", generation)):
         (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _peak_resident_bytes() -> int:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

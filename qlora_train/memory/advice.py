@@ -31,7 +31,7 @@ class Change:
 
     overrides: Mapping[str, str]  # as on the command line: {"train.checkpointing": "full"}
     why: str  # a phrase for people: what changes
-    slowdown_frac: float  # of a step's time, by arithmetic: 0.3 is 30 % slower, -0.1 is 10 % faster
+    slowdown_frac: float  # of the time of a token, by arithmetic: 0.3 is 30 % slower, -0.1 is 10 % faster
     changes_training: bool  # whether what is learnt changes, too
     saved_bytes: int  # of the peak on the device; negative where the change spends
     peak_bytes: int  # on the device, with this change
@@ -95,7 +95,9 @@ def spend(plan: Plan, limit_bytes: int) -> tuple[Change, ...]:
     while seq_len <= limit:
         request = plan.request.with_changes(data={"seq_len": seq_len})
         overrides = {"data.seq_len": str(seq_len)}
-        change = scale.change(_Option(overrides, "longer rows", 0.0, request, changes_training=True), limit_bytes)
+        change = scale.change(
+            _Option(overrides, "room for longer rows", 0.0, request, changes_training=True), limit_bytes
+        )
         if not change.fits:
             break
         longest, seq_len = change, 2 * seq_len

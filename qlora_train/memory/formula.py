@@ -16,6 +16,7 @@ from qlora_train.loss import chunk_tokens
 from qlora_train.memory.budget import Choice, Costs, predict_peak
 from qlora_train.memory.estimate import Request, estimate, heaviest_batch, settle, unseen_bytes
 from qlora_train.quant.moments import optimizer_state_bytes
+from qlora_train.recipe.methods import METHODS
 from qlora_train.recipe.schema import QuantSection
 
 # Decoders of RMS norms, rotary embedding, grouped attention and gated MLPs without biases that matter.
@@ -64,6 +65,7 @@ def formula_costs(request: Request) -> Costs | None:
     """
     recipe, config = request.recipe, request.config.get_text_config()
     plain = recipe.adapter.target_modules == "all-linear" and not recipe.quant.skip_modules and recipe.train.fused
+    plain = plain and METHODS[recipe.adapter.method].form == "plain" and not recipe.adapter.embeddings
     in_half = recipe.model.compute_dtype == "bfloat16"
     if config.model_type not in KNOWN or request.device != "cuda" or not (plain and in_half):
         return None
@@ -134,4 +136,6 @@ def weight_bytes(num_weights: int, quant: QuantSection) -> float:
     if quant.quant_type == "none":
         return 2 * num_weights
     num_blocks = num_weights / quant.block_size
+    if quant.quant_type == "int4":  # a bfloat16 scale and a float32 zero point for each group
+        return num_weights / 2 + 6 * num_blocks
     return num_weights / 2 + (num_blocks + 4 * num_blocks / 256 if quant.double_quant else 4 * num_blocks)

@@ -101,7 +101,7 @@ def _cut(config: Any, num_layers: int) -> None:
 
 
 def _quantise(model: nn.Module, quant: QuantSection) -> None:
-    settings = QuantSettings(quant.quant_type, quant.double_quant, quant.block_size, quant.storage_dtype)
+    settings = QuantSettings.of(quant.quant_type, quant.double_quant, quant.block_size, quant.storage_dtype)
     for name, layer in linear_layers(model).items():
         if not any(name == skipped or name.endswith(f".{skipped}") for skipped in quant.skip_modules):
             parent, _, own_name = name.rpartition(".")

@@ -58,17 +58,20 @@ def _sizes(module: nn.Module) -> list[int]:
 
 
 def export_terms(request: Request, shallow: Shallow) -> Iterator[Term]:
-    """Host memory of an export: merging holds one tensor at a time, the verification one whole model in float32."""
+    """Host memory of an export: merging holds one tensor at a time, the verification a model or a layer in float32."""
     num_weights, largest = parameter_counts(shallow)
     width = _export_width(request)
-    yield Term(
-        "export",
-        "merged model in float32",
-        4 * num_weights,
-        "formula",
-        "4 bytes a weight; the verification compares it with the trained model"
-        + ("; it lies on the card instead where 1.2 times as much is free there" if request.device == "cuda" else ""),
-    )
+    if request.recipe.export.verify == "layers":
+        layer = sum(_sizes(decoder_layers(shallow.model.model)[-1]))
+        yield Term("export", "one layer in float32", 4 * layer, "formula", "4 bytes a weight of the layer in hand")
+    else:
+        yield Term(
+            "export",
+            "a model in float32",
+            4 * num_weights,
+            "formula",
+            "4 bytes a weight; where less is free, the verification goes layer by layer (export.verify: auto)",
+        )
     yield Term("export", "largest tensor", (width + 4) * largest, "formula", "once as stored, once in float32")
     yield Term("export", HOST_LIBRARIES.cause, HOST_LIBRARIES.num_bytes, "constant", HOST_LIBRARIES.source)
 

@@ -28,6 +28,16 @@ class Head:
     bias_V: Tensor | None
     softcap: float
 
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.weight_VH.device
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return self.weight_VH.shape[0]
+
     def logits(self, hidden_NH: Tensor) -> Tensor:
         """Logits (N, V) of chosen positions in float32."""
         logits = nn.functional.linear(hidden_NH, self.weight_VH, self.bias_V).float()

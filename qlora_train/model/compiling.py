@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface
 
-from qlora_train.adapters.layers import lora_layers
+from qlora_train.adapters.layers import adapted_layers
 from qlora_train.model.attention import ATTENTION_NAME, row_attention
 from qlora_train.model.checkpointing import decoder_layers
 
@@ -26,7 +26,7 @@ def compile_layers(model: nn.Module) -> None:
     rounded less often than without, so losses differ by rounding: tests/numerics/test_compiling.py. Not for selective
     checkpointing, which watches single operators.
     """
-    for layer in lora_layers(model).values():
+    for layer in adapted_layers(model).values():
         layer.forward = torch.compiler.disable(layer.forward)  # type: ignore[method-assign]
     AttentionInterface.register(ATTENTION_NAME, torch.compiler.disable(row_attention))
     for layer in decoder_layers(model):

@@ -11,15 +11,17 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 from qlora_train.errors import MachineError, ModelError, OutOfMemory, is_out_of_memory
 from qlora_train.model.attention import ATTENTION_NAME
 from qlora_train.model.files import StoredTensor, count_not_finite, stored_tensors
-from qlora_train.model.skeleton import build_skeleton, check_shapes, head_name, load_config
+from qlora_train.model.skeleton import build_skeleton, check_widths, head_name, load_config
 from qlora_train.model.source import Source
-from qlora_train.quant.bnb import QuantSettings, forbid_cpu_repacking, linear4bit_modules, set_compute_dtype
+from qlora_train.quant.affine import INT4, AffineLinear
+from qlora_train.quant.bnb import QuantSettings, forbid_cpu_repacking, linear4bit_modules, quantize, set_compute_dtype
 from qlora_train.quant.fingerprint import BasePrint, print_base
 from qlora_train.recipe.schema import QuantSection, Recipe
 
@@ -31,12 +33,28 @@ _QUANT_METHOD = "qlora_train_bnb"
 
 
 class _Bnb4bitConfig(BitsAndBytesConfig):
-    """transformers' config plus the block size, which transformers 5.23 has no key for."""
+    """transformers' config plus what transformers 5.23 has no key for: the block size, and codes of our own."""
 
-    def __init__(self, block_size: int, **kwargs: Any) -> None:
+    def __init__(self, settings: QuantSettings, **kwargs: Any) -> None:
         super().__init__(load_in_4bit=True, **kwargs)
-        self.block_size = block_size
+        self.settings = settings
         self.quant_method = _QUANT_METHOD
+
+
+class _Quantize(ConversionOps):
+    """INT4 codes for a weight as it arrives; transformers' own step knows bitsandbytes' codes only."""
+
+    def __init__(self, settings: QuantSettings) -> None:
+        self._settings = settings
+
+    def convert(self, input_dict: dict[str, Any], model: Any = None, **kwargs: Any) -> dict[str, Any]:
+        """One weight by name, alone in a list, to its parameter."""
+        made = {}
+        for name, value in input_dict.items():
+            weight = value[0] if isinstance(value, list) else value
+            made[name] = quantize(weight, self._settings)
+            model.get_submodule(name.rpartition(".")[0])._is_hf_initialized = True
+        return made
 
 
 @register_quantizer(_QUANT_METHOD)
@@ -45,8 +63,15 @@ class _Bnb4bitQuantizer(Bnb4BitHfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, device_map: Any, **kwargs: Any) -> None:
         super()._process_model_before_weight_loading(model, device_map, **kwargs)
+        settings = self.quantization_config.settings
         for _, module in linear4bit_modules(model):
-            module.weight.blocksize = self.quantization_config.block_size
+            module.weight.blocksize = settings.block_size
+            if settings.quant_type == INT4:
+                module.__class__ = AffineLinear  # the same attributes, and a forward pass of its own
+
+    def get_quantize_ops(self) -> Any:
+        settings = self.quantization_config.settings
+        return _Quantize(settings) if settings.quant_type == INT4 else super().get_quantize_ops()
 
 
 @dataclass(frozen=True)
@@ -58,6 +83,11 @@ class Base:
     print: BasePrint
     device: torch.device
     compute_dtype: torch.dtype
+
+
+def settings_for(quant: QuantSection) -> QuantSettings:
+    """What the quantiser is told for a recipe."""
+    return QuantSettings.of(quant.quant_type, quant.double_quant, quant.block_size, quant.storage_dtype)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -114,8 +144,7 @@ def load_base(
     # Refuses, before hours of training, what could not be exported after them.
     stored = stored_tensors(source, skeleton)
     quantised = quant.quant_type != "none"
-    if quantised and device.type == "cpu":
-        check_shapes(skeleton, quant.block_size)
+    check_widths(skeleton, quant.quant_type, quant.block_size, device)
     kwargs: dict[str, Any] = {
         "dtype": compute_dtype,
         "device_map": {"": device},
@@ -123,10 +152,11 @@ def load_base(
         "trust_remote_code": False,
     }
     if quantised:
+        settings = settings_for(quant)
         kwargs["quantization_config"] = _Bnb4bitConfig(
-            quant.block_size,
-            bnb_4bit_quant_type=quant.quant_type,
-            bnb_4bit_use_double_quant=quant.double_quant,
+            settings,
+            bnb_4bit_quant_type="nf4" if settings.quant_type == INT4 else settings.quant_type,
+            bnb_4bit_use_double_quant=settings.double_quant,
             bnb_4bit_compute_dtype=compute_dtype,
             bnb_4bit_quant_storage=getattr(torch, quant.storage_dtype),
             llm_int8_skip_modules=[head_name(skeleton), *quant.skip_modules],
@@ -180,7 +210,7 @@ def _check_print(source: Source, base_print: BasePrint, quant: QuantSection | No
     """What was loaded is quantised as the recipe says, nearly all of it."""
     if quant is None:
         return
-    wanted = QuantSettings(quant.quant_type, quant.double_quant, quant.block_size, quant.storage_dtype)
+    wanted = settings_for(quant)
     linear_numel = sum(t.num_params for t in base_print.tensors.values() if len(t.shape) > 1)
     quantised_numel = sum(t.num_params for t in base_print.tensors.values() if t.quantised)
     embedding_numel = sum(t.num_params for n, t in base_print.tensors.items() if n in embeddings)

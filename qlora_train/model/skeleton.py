@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from qlora_train.errors import ModelError
 from qlora_train.model.source import Source
+from qlora_train.quant.affine import INT4
 from qlora_train.quant.bnb import cpu_width_multiple
 
 MAX_LAYERS = 1000  # a skeleton is built of as many; the largest models have 130
@@ -143,6 +144,14 @@ def check_skipped(model: nn.Module, skip_modules: tuple[str, ...]) -> None:
         )
 
 
+def check_widths(model: nn.Module, quant_type: str, block_size: int, device: torch.device) -> None:
+    """Refuse the input widths that a quantiser cannot do on this device; see `check_shapes`."""
+    if quant_type == INT4:
+        _check_groups(model, block_size)
+    elif quant_type != "none" and device.type == "cpu":
+        check_shapes(model, block_size)
+
+
 def check_shapes(model: nn.Module, block_size: int) -> None:
     """Refuse the widths that bitsandbytes dequantises wrongly on a CPU."""
     multiple = cpu_width_multiple(block_size)
@@ -153,6 +162,17 @@ def check_shapes(model: nn.Module, block_size: int) -> None:
             f"{len(bad)} linear layers have an input width that is no multiple of {multiple}, "
             f"first {name} with {width}: bitsandbytes gives wrong values for them on a CPU",
             fix="train on a CUDA device, use quant.block_size: 64, or set quant.quant_type: none",
+        )
+
+
+def _check_groups(model: nn.Module, group_size: int) -> None:
+    bad = {n: m.in_features for n, m in linear_layers(model).items() if m.in_features % group_size}
+    if bad:
+        name, width = next(iter(bad.items()))
+        raise ModelError(
+            f"{len(bad)} linear layers have an input width that is no multiple of quant.block_size, {group_size}, "
+            f"first {name} with {width}: INT4 groups the inputs of a row",
+            fix="use a smaller quant.block_size, or quant.quant_type: nf4",
         )
 
 

@@ -29,7 +29,9 @@ TOKENIZER_FILES = (
     *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "chat_template.jinja", "generation_config.json"),
 )
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+# What says under which licence a model is given: exports carry it on.
+LICENCE_PATTERNS = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "COPYING*")
+HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README.md", *LICENCE_PATTERNS]
 
 
 @dataclass(frozen=True)

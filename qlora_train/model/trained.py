@@ -10,6 +10,7 @@ from typing import Any
 from peft import PeftModel
 
 from qlora_train.adapters.attach import load_adapter
+from qlora_train.adapters.inits.residual import takes_from_base
 from qlora_train.artifacts import RunDir, read_json
 from qlora_train.data.fates import Side
 from qlora_train.data.split import Split, load_split
@@ -18,6 +19,7 @@ from qlora_train.model.binding import check_published, read_base, read_binding, 
 from qlora_train.model.load import Base, add_end_tokens, load_recipe_base
 from qlora_train.model.skeleton import load_tokenizer, template_digest, tokenizer_digest
 from qlora_train.model.source import Source, resolve_source
+from qlora_train.model.start import rebuild
 from qlora_train.quant.fingerprint import BasePrint
 from qlora_train.recipe.load import load_resolved, with_overrides
 from qlora_train.recipe.schema import Recipe
@@ -102,7 +104,8 @@ def open_run(folder: Path, overrides: Sequence[str] = (), *, sections: Sequence[
             f"{folder} is not a run folder: it holds no {run_dir.recipe.name}", fix="name the recipe's run.dir"
         )
     if not run_dir.adapter.is_dir():
-        raise ModelError(f"{folder} holds no finished adapter yet", fix="finish it: qlora-train train RECIPE --resume")
+        again = " --resume" if any(run_dir.checkpoints.glob("step-*")) else ""
+        raise ModelError(f"{folder} holds no finished adapter yet", fix=f"finish it: qlora-train train RECIPE{again}")
     check_published(run_dir.adapter)
     stored, binding = load_resolved(run_dir.recipe), read_binding(run_dir.adapter)
     refuse_changed_recipe(run_dir, stored, binding)
@@ -123,10 +126,13 @@ def load_trained(run: FinishedRun) -> Trained:
     """Load base and adapter as they were trained. ModelError when the base is not the one that was trained on."""
     source = run.source()
     base = load_recipe_base(source, run.recipe)
-    refuse_other_base(run.base_print, base.print)
+    if not takes_from_base(run.run_dir.adapter):  # else its own weights are needed to tell
+        refuse_other_base(run.base_print, base.print)
     data = read_json(run.run_dir.data)
     add_end_tokens(base.model, data["end_token_ids"])
     model = load_adapter(base.model, run.run_dir.adapter)
+    base = rebuild(base, model)
+    refuse_other_base(run.base_print, base.print)
     model.eval()
     return Trained(run, base, model, run.tokenizer(source), data["conversations"])
 

@@ -14,6 +14,8 @@ from bitsandbytes.functional import QuantState
 from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import Tensor, nn
 
+from qlora_train.quant.affine import INT4, AffineLinear, dequantize_affine, is_affine, meta_state, quantize_affine
+
 __all__ = ["Linear4bit", "Params4bit"]
 
 NESTED_BLOCK_SIZE = 256  # absmax values that share a statistic of their own; fixed in bitsandbytes
@@ -28,6 +30,11 @@ class QuantSettings:
     double_quant: bool
     block_size: int
     storage_dtype: str
+
+    @classmethod
+    def of(cls, quant_type: str, double_quant: bool, block_size: int, storage_dtype: str) -> QuantSettings:
+        """What a recipe's section comes to: the scales and zero points of INT4 are never quantised themselves."""
+        return cls(quant_type, double_quant and quant_type != INT4, block_size, storage_dtype)
 
 
 def cpu_width_multiple(block_size: int) -> int:
@@ -72,6 +79,8 @@ def settings_of(weight: Params4bit) -> QuantSettings:
 
 def quantize(weight_OI: Tensor, settings: QuantSettings) -> Params4bit:
     """Quantise one weight on the device where it lies, by the routine that loading uses, so the codes are equal."""
+    if settings.quant_type == INT4:
+        return quantize_affine(weight_OI, settings.block_size)
     weight = Params4bit(
         weight_OI,
         requires_grad=False,
@@ -83,6 +92,18 @@ def quantize(weight_OI: Tensor, settings: QuantSettings) -> Params4bit:
     return weight.to(weight_OI.device)
 
 
+def packed_state(weight: Params4bit) -> dict[str, Tensor]:
+    """What transformers stores beside a weight's codes, to load them without quantising: by the ends of the names."""
+    state: dict[str, Tensor] = weight.quant_state.as_dict(packed=True)
+    return state
+
+
+def from_packed(codes: Tensor, state: dict[str, Tensor]) -> Params4bit:
+    """The weight that `packed_state` was taken of."""
+    made: Params4bit = Params4bit.from_prequantized(codes, dict(state), device=codes.device)
+    return made
+
+
 def meta_linear4bit(layer: nn.Linear, settings: QuantSettings) -> Linear4bit:
     """The 4-bit layer that loading makes of a linear layer, on the meta device: every tensor's size, and no value.
 
@@ -90,7 +111,7 @@ def meta_linear4bit(layer: nn.Linear, settings: QuantSettings) -> Linear4bit:
     of `quantize`: tests/unit/quant/test_meta.py.
     """
     dtype = layer.weight.dtype
-    made = Linear4bit(
+    made = (AffineLinear if settings.quant_type == INT4 else Linear4bit)(
         layer.in_features, layer.out_features, bias=layer.bias is not None, compute_dtype=dtype, device="meta"
     )
     storage_dtype: torch.dtype = getattr(torch, settings.storage_dtype)
@@ -110,6 +131,9 @@ def meta_linear4bit(layer: nn.Linear, settings: QuantSettings) -> Linear4bit:
 
 
 def _meta_state(shape: torch.Size, settings: QuantSettings, dtype: torch.dtype) -> QuantState:
+    if settings.quant_type == INT4:
+        return meta_state(shape, settings.block_size, dtype)
+
     def empty(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(sizes, dtype=dtype, device="meta")
 
@@ -139,6 +163,8 @@ def dequantize(weight: Params4bit) -> Tensor:
 
     Raises RuntimeError when bitsandbytes has repacked the weight for CPU inference: its values are lost then.
     """
+    if is_affine(weight):
+        return dequantize_affine(weight)
     state = weight.quant_state
     codes, absmax = _codes(weight), _absmax(weight)
     return torch.ops.bitsandbytes.dequantize_4bit.default(
@@ -151,6 +177,9 @@ def dequantize_into(weight: Params4bit, out_OI: Tensor) -> None:
 
     On a CPU, writing into memory that was written before takes a quarter of the time of a fresh tensor.
     """
+    if is_affine(weight):
+        out_OI.copy_(dequantize_affine(weight))
+        return
     state = weight.quant_state
     torch.ops.qlora_train.dequantize_into(_codes(weight), _absmax(weight), state.blocksize, state.quant_type, out_OI)
 
@@ -203,8 +232,13 @@ _OPERATORS.impl("dequantize_into", lambda *_: None, "Meta")
 
 
 def packed_parts(weight: Params4bit) -> dict[str, Tensor]:
-    """The stored tensors of a 4-bit weight: packed codes, absmax, and absmax's own statistics where it is quantised."""
+    """The stored tensors of a 4-bit weight: packed codes, absmax, and absmax's own statistics where it is quantised.
+
+    Of an INT4 weight: codes, scales, zero points.
+    """
     state = weight.quant_state
+    if is_affine(weight):
+        return {"codes": weight.data, "scale": state.scale_OG, "zero": state.zero_OG}
     parts = {"codes": weight.data, "absmax": state.absmax}
     if state.nested:
         parts |= {"absmax_of_absmax": state.state2.absmax, "offset": state.offset}
@@ -214,6 +248,8 @@ def packed_parts(weight: Params4bit) -> dict[str, Tensor]:
 def packed_tensors(weight: Params4bit) -> list[Tensor]:
     """Every tensor that a 4-bit weight holds on its device: `packed_parts`, and the tables of what codes stand for."""
     state = weight.quant_state
+    if is_affine(weight):
+        return list(packed_parts(weight).values())
     tables = [state.code, state.state2.code] if state.nested else [state.code]
     return [*packed_parts(weight).values(), *tables]
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from qlora_train.quant.bnb import Params4bit, QuantSettings, packed_parts, settings_of
 
-QUANT_TYPES = ("nf4", "fp4")
+QUANT_TYPES = ("nf4", "fp4", "int4")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -87,8 +87,13 @@ def hash_tensors(*tensors: Tensor) -> str:
     for tensor in tensors:
         flat = tensor.detach().contiguous().cpu()
         digest.update(f"{tuple(flat.shape)} {flat.dtype} ".encode())
-        digest.update(flat.reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(flat.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether every value is finite, told by the least and the greatest: no mask as large as the tensor."""
+    return tensor.numel() == 0 or all(bool(torch.isfinite(bound)) for bound in tensor.aminmax())
 
 
 def print_tensor(tensor: Tensor) -> TensorPrint:
@@ -111,7 +116,7 @@ def print_tensor(tensor: Tensor) -> TensorPrint:
         dtype=str(tensor.dtype).removeprefix("torch."),
         num_bytes=tensor.numel() * tensor.element_size(),
         quantised=False,
-        finite=bool(torch.isfinite(tensor).all()) if tensor.is_floating_point() else True,
+        finite=is_finite(tensor) if tensor.is_floating_point() else True,
     )
 
 

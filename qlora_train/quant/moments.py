@@ -24,7 +24,7 @@ TABLE_SIZE = 256  # values that an 8-bit code can stand for
 
 def build_bnb_adamw(
     optimizer: str,
-    parameters: Sequence[nn.Parameter],
+    parameters: Sequence[nn.Parameter] | Sequence[dict[str, Any]],
     *,
     learning_rate: float,
     betas: tuple[float, float],

@@ -11,9 +11,9 @@ from typing import Any, Protocol, cast
 from pydantic_core import ErrorDetails
 
 from qlora_train.errors import Problem
+from qlora_train.recipe.advice import nearest
 from qlora_train.recipe.reader import Node, Unusable, dump_value, printable
 from qlora_train.recipe.schema import Recipe, Section
-from qlora_train.recipe.validate import nearest
 
 _RANGE_ERRORS = {"greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number"}
 
@@ -119,6 +119,7 @@ def _value_problem(dotted: str, shape: Mapping[str, Any], node: Node, error: Err
         allowed = [str(name) for option in shape.get("anyOf", [shape]) for name in _allowed(option)]
         close = nearest(value, allowed)
         fix = f"did you mean {close[0]}? {fix[0].upper()}{fix[1:]}" if close else fix
+        fix += "" if close else _as_list(shape, value)
         number = _is_number(shape) and re.fullmatch(r"0*(\d[\d_]{0,15})", value)
         fix += f", such as {number[1].replace('_', '')} (no quotes, leading zeros or _)" if number else ""
     elif isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
@@ -128,6 +129,14 @@ def _value_problem(dotted: str, shape: Mapping[str, Any], node: Node, error: Err
     if error["type"] in ("too_short", "string_too_short"):
         return Problem(f"{dotted}: {node.shown} is empty", fix, where)
     return Problem(f"{dotted}: {node.shown} is not {_words(shape, largest=-math.inf)}", fix, where)
+
+
+def _as_list(shape: Mapping[str, Any], value: str) -> str:
+    """How to write a string where a list of strings may stand too: `q_proj,v_proj` as `[q_proj, v_proj]`."""
+    names = [printable(name) for name in re.split(r"[,\s]+", value.strip("[]() ")) if name]
+    arrays = [option for option in shape.get("anyOf", []) if option.get("type") == "array"]
+    takes_names = any(option["items"].get("type") == "string" for option in arrays)
+    return f": write [{', '.join(names)}]" if takes_names and names else ""
 
 
 def _is_number(shape: Mapping[str, Any]) -> bool:

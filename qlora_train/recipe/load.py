@@ -6,7 +6,7 @@ import os
 import re
 import stat
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,10 +14,13 @@ from pydantic import ValidationError
 
 from qlora_train.errors import Problem, RecipeError
 from qlora_train.recipe import reader
+from qlora_train.recipe.advice import KEYS, advise_key, advise_section, list_keys, near_files
 from qlora_train.recipe.explain import explain, section_model, shapes_of
+from qlora_train.recipe.methods import METHODS
+from qlora_train.recipe.partial import partial_section
 from qlora_train.recipe.reader import Node, printable
 from qlora_train.recipe.schema import Recipe, Section
-from qlora_train.recipe.validate import KEYS, advise_key, advise_section, cross_check, near_files
+from qlora_train.recipe.validate import cross_check
 
 COMMAND_LINE = "command line"
 VERSION_KEY, SCHEMA_VERSION = "version", 1  # of what the keys of a recipe mean
@@ -58,6 +61,7 @@ class _Draft:
     meant: set[str]
     sections: dict[str, str]  # where each section of the file starts
     problems: list[Problem]
+    listed: set[str] = field(default_factory=set)  # sections of which a problem has told all keys
 
     def add(self, what: str, fix: str, where: str) -> None:
         self.problems.append(Problem(what, fix, where))
@@ -79,7 +83,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), *, with_data: bool = 
         for key in keys
     }
     partial = Recipe.model_construct(**cast(dict[str, Any], sections))
-    draft.problems += cross_check(partial, origins, unparsed=KEYS.keys() - sections.keys(), with_data=with_data)
+    draft.problems += cross_check(partial, origins, with_data=with_data)
     _raise_if_any(draft.problems)
     return LoadedRecipe(Recipe(**cast(dict[str, Any], sections)), file, origins)
 
@@ -98,12 +102,13 @@ def with_overrides(recipe: Recipe, overrides: Sequence[str], sections: Sequence[
     """A loaded recipe with `section.key=value` overrides, of the named sections or keys only."""
     draft = _Draft({}, set(), {}, [])
     _apply_overrides(draft, overrides)
-    for dotted in draft.settings:
+    for dotted in list(draft.settings):
         if dotted not in sections and dotted.partition(".")[0] not in sections:
             draft.add(f"{dotted}: cannot be changed here", f"only these can: {', '.join(sections)}", COMMAND_LINE)
+            del draft.settings[dotted]
     built = _build(draft, COMMAND_LINE, recipe)
     changed = Recipe.model_construct(**cast(dict[str, Any], built))
-    found = cross_check(changed, dict.fromkeys(draft.settings, COMMAND_LINE), unparsed=KEYS.keys() - built.keys())
+    found = cross_check(changed, dict.fromkeys(draft.settings, COMMAND_LINE))
     # What the overrides did not touch is no concern here: the files that the run was trained on may be gone.
     _raise_if_any(draft.problems + [problem for problem in found if problem.where == COMMAND_LINE])
     return Recipe(**cast(dict[str, Any], built))
@@ -215,7 +220,18 @@ def _read_section(draft: _Draft, name: str, key: Node, value: Node, at: _Setting
             _read_key(draft, section, inner, at.at(inner_key), replace(at, value=inner_value, line=inner_key.line))
     elif value.value is not None:
         draft.meant |= {f"{section}.{inner}" for inner in KEYS[section]}
-        draft.add(f"{name}: {_kind(value)} stands where keys are wanted", f"indent keys below {name}:", at.at(value))
+        fix = _first_key(section, value)
+        draft.add(f"{name}: {_kind(value)} stands where keys are wanted", fix, at.at(value))
+
+
+def _first_key(section: str, value: Node) -> str:
+    """How to write a section where somebody wrote one value."""
+    if not isinstance(value.value, str):
+        return f"indent keys below {section}:"
+    key, written = next(iter(KEYS[section])), value.shown
+    if section == "adapter" and written not in METHODS:
+        written = "lora"
+    return f"{section} is a section here; for its first key write {section}: {{{key}: {written}}}"
 
 
 def _read_key(draft: _Draft, section: str, key: str, where: str, setting: _Setting) -> None:
@@ -224,6 +240,9 @@ def _read_key(draft: _Draft, section: str, key: str, where: str, setting: _Setti
         return
     fix, meant = advise_key(section, key) if len(draft.problems) < MAX_ADVICE else ("remove it", [])
     fix = "merge keys are not supported: write the keys out" if key == "<<" else fix
+    if fix == list_keys(section):
+        fix = "remove it" if section in draft.listed else fix
+        draft.listed.add(section)
     draft.meant.update(meant)
     draft.add(f"{section}.{printable(key)}: unknown key", fix, where)
 
@@ -244,13 +263,14 @@ def _apply_overrides(draft: _Draft, overrides: Sequence[str]) -> None:
             draft.add(f"{name}: given twice", "keep one of them", COMMAND_LINE)
         else:
             seen.add(section_key)
-            node = _override_value(draft, name, text)
+            options = shapes_of(section).get(key, {}).get("anyOf", [])
+            node = _override_value(draft, name, text, nullable={"type": "null"} in options)
             if node is not None:
                 setting = _Setting(node, COMMAND_LINE, 0, Path.cwd())
                 _read_key(draft, section, key, COMMAND_LINE, setting)
 
 
-def _override_value(draft: _Draft, name: str, text: str) -> Node | None:
+def _override_value(draft: _Draft, name: str, text: str, *, nullable: bool) -> Node | None:
     try:
         node, problems = reader.parse(text, COMMAND_LINE)
     except RecipeError as error:
@@ -259,12 +279,14 @@ def _override_value(draft: _Draft, name: str, text: str) -> Node | None:
     for problem in problems:
         draft.add(f"{name}: {problem.what}", problem.fix, COMMAND_LINE)
     if node is None and not problems:
+        if not nullable:
+            return Node(None, "", 0, 0)
         draft.add(f"{name}: no value", "write null for no value", COMMAND_LINE)
     return node
 
 
 def _build(draft: _Draft, source: str, base: Recipe | None = None) -> dict[str, Section]:
-    """The sections that are right, over those of `base`; the problems of the others go to the draft."""
+    """The sections, over those of `base`. The problems go to the draft, and keys that are wrong cannot be read."""
     sections: dict[str, Section] = {}
     for section, keys in KEYS.items():
         given = {key: draft.settings[f"{section}.{key}"] for key in keys if f"{section}.{key}" in draft.settings}
@@ -273,8 +295,10 @@ def _build(draft: _Draft, source: str, base: Recipe | None = None) -> dict[str, 
         try:
             sections[section] = section_model(section)(**values)
         except ValidationError as error:
-            where = draft.sections.get(section, source)
-            draft.problems += explain(section, given, error.errors(include_url=False), draft.meant, where)
+            where, errors = draft.sections.get(section, source), error.errors(include_url=False)
+            draft.problems += explain(section, given, errors, draft.meant, where)
+            wrong = {str(entry["loc"][0]) for entry in errors}
+            sections[section] = partial_section(section_model(section), values, wrong)
     return sections
 
 

@@ -45,10 +45,11 @@ class ModelSection(Section):
 
 
 class QuantSection(Section):
-    quant_type: Literal["nf4", "fp4", "none"] = Field(
+    quant_type: Literal["nf4", "fp4", "int4", "none"] = Field(
         "nf4",
         description="4-bit code of the frozen linear layers. nf4 has the lowest error on normal weights "
-        "(QLoRA, arXiv 2305.14314, section 3); none is plain LoRA on a base in compute_dtype.",
+        "(QLoRA, arXiv 2305.14314, section 3); int4: 16 even steps and a zero point for each block, into which qalora "
+        "merges; none is plain LoRA on a base in compute_dtype.",
     )
     double_quant: bool = Field(
         True, description="Quantise the absmax values too: 4.127 instead of 4.5 bits per weight, at no measured loss."
@@ -79,6 +80,69 @@ class AdapterSection(Section):
         "Or names, matched as whole dotted suffixes: [q_proj, v_proj].",
     )
     init_from: Path | None = Field(None, description="Folder of a trained adapter to go on from, in PEFT's format.")
+    # What only some methods read; validation refuses it for the others. Which: METHODS in recipe/methods.py.
+    embeddings: bool = Field(
+        False,
+        description="lora, rslora: adapt the token embedding too, for new words or another language. Not where it is "
+        "tied to the head.",
+    )
+    structure: Literal["shim", "icfm", "ctcm", "dtsm"] = Field(
+        "shim", description="mtlora: the matrix between B and A. shim: C; icfm: C C^T; ctcm: C D; dtsm: C + D."
+    )
+    r_out: Annotated[int, Field(gt=0, le=4096)] | None = Field(
+        None, description="flora_core: rank on the output's side; default: r."
+    )
+    target_r: Annotated[int, Field(gt=0, le=4096)] | None = Field(
+        None, description="adalora: mean rank at the end, below r. r = 1.5 x target_r is usual."
+    )
+    schedule_start_frac: Fraction = Field(
+        0.15, description="adalora, aflora: share of the steps before the first triplet or tensor is given up."
+    )
+    schedule_end_frac: Fraction = Field(0.3, description="adalora, aflora: share of the steps after the last one is.")
+    schedule_every: PositiveInt = Field(10, description="adalora, aflora: steps between two decisions.")
+    orthogonality: Annotated[float, Field(ge=0, le=1e3, allow_inf_nan=False)] = Field(
+        0.1, description="adalora: weight of the penalty on P and Q that are not orthonormal."
+    )
+    experts: tuple[Path, ...] = Field(
+        (), description="mole: folders of two or more finished adapters of this base, which the router weighs."
+    )
+    balance: Annotated[float, Field(ge=0, le=1e3, allow_inf_nan=False)] = Field(
+        0.01, description="mole: weight of the penalty on experts that are hardly used; 0 turns it off."
+    )
+    parameters: tuple[Name, ...] = Field(
+        ("norm",),
+        description="delta: what is trained. norm: weights and biases of normalisation layers; bias: biases of linear "
+        "layers; or names of modules that hold some, matched as whole dotted suffixes.",
+    )
+    freeze_rule: Literal["rank", "reference"] = Field(
+        "rank",
+        description="aflora: rank freezes the lowest-scored tensors until the wanted share is left; reference, as the "
+        "authors' program, all whose mean score is below a quantile of the elements.",
+    )
+    lr_ratio: PositiveFloat = Field(
+        16.0, description="loraplus: the learning rate of B as a multiple of A's. The paper's 16; 2 to 32 in use."
+    )
+    start_iters: Annotated[int, Field(gt=0, le=100)] = Field(
+        1,
+        description="pissa, loftq: rounds of decomposing and quantising. 5 bring the start nearer to W, at 5 times the "
+        "cost; from 2 on loftq changes the base, as pissa always does.",
+    )
+    stable_gamma: PositiveFloat = Field(
+        16.0, description="lora_ga: A and B start with entries of out^(1/4) / sqrt(stable_gamma); larger is smaller."
+    )
+    probe_batches: PositiveInt = Field(
+        4, description="lora_ga, eva: micro-batches that are looked at before the first step, four times over each."
+    )
+    rho: Annotated[float, Field(ge=1, le=64, allow_inf_nan=False)] = Field(
+        1.0, description="eva: the largest rank that a layer may get as a multiple of r; 1 gives every layer r."
+    )
+    group_size: Literal[32, 64, 128, 256] = Field(
+        32, description="qalora: inputs of the base that share one input of the adapter; must be quant.block_size."
+    )
+    rule_mode: Literal["factor", "full"] = Field(
+        "factor",
+        description="lora_pro: moments of A and B, or, as in the paper, of whole weights: 8 bytes for each of them.",
+    )
 
 
 class SourceSection(Section):
@@ -156,7 +220,9 @@ class DataSection(Section):
 
 class TrainSection(Section):
     epochs: PositiveFloat = Field(1.0, description="Passes over the rows. 1 to 3 for instructions.")
-    max_steps: PositiveInt | None = Field(None, description="Stop after so many optimiser steps, whatever epochs says.")
+    max_steps: PositiveInt | None = Field(
+        None, description="At most so many optimiser steps; fewer where epochs gives fewer."
+    )
     micro_batch_size: PositiveInt = Field(
         4, description="Packs (or padded rows) per forward pass. Raise it until memory is full."
     )
@@ -242,6 +308,33 @@ class ExportSection(Section):
     )
     max_kl_frac: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = Field(
         0.01, description="Refuse to publish when KL(trained || merged) exceeds this share of the adapter's own effect."
+    )
+    max_kl: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] | None = Field(
+        None,
+        description="KL in nats per token up to which a format of 8 bits or fewer may be published that exceeds "
+        "max_kl_frac. Its KL is measured first; without this it is refused.",
+    )
+    base: Literal["dequantized", "original", "auto"] = Field(
+        "dequantized",
+        description="What the adapter is merged onto. dequantized: the weights it was trained on, so that the result "
+        "is the trained model; original: those before quantising, another model, whose price is measured; auto: both "
+        "are measured on held-out rows, and the original weights are taken only where they answer better.",
+    )
+    compare_rows: PositiveInt = Field(
+        128, description="Held-out rows on which `base: auto` compares the ways to merge."
+    )
+    max_loss_rise: Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)] = Field(
+        0.0,
+        description="Nats per supervised token by which a model that is knowingly not the trained one may be worse on "
+        "the held-out rows. Above it nothing is published.",
+    )
+    verify: Literal["auto", "whole", "layers"] = Field(
+        "auto",
+        description="How the merged model is compared with the trained one: whole models, or one layer at a time from "
+        "the files, where the models are larger than memory. The numbers are the same.",
+    )
+    license: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9.+_-]{0,59}$")] | None = Field(
+        None, description="Licence for the model card, as the hub writes it (apache-2.0), where the base names none."
     )
 
 

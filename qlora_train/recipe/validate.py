@@ -3,172 +3,29 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
-from difflib import get_close_matches
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
-from itertools import islice
 from pathlib import Path
 
 from qlora_train.errors import Problem
-from qlora_train.recipe.methods import METHODS
+from qlora_train.recipe.adapter import ADAPTER_CHECKS, check_rule
+from qlora_train.recipe.advice import near_files, nearest
+from qlora_train.recipe.origins import Origins, at, is_given, place_of
+from qlora_train.recipe.partial import Unread
 from qlora_train.recipe.reader import kind_of, printable
 from qlora_train.recipe.schema import Recipe, SourceSection
 from qlora_train.recipe.sources import COLUMN_NAMES
 
-Origins = Mapping[str, str]
 
-KEYS: dict[str, tuple[str, ...]] = {
-    name: tuple(field.annotation.model_fields)  # type: ignore[union-attr]  # every field of Recipe is a section
-    for name, field in Recipe.model_fields.items()
-}
-
-# What peers call our keys and sections. An entry is a courtesy in a message, never an alias that loads.
-OLD_KEYS: dict[str, str] = {
-    **dict.fromkeys(("base_model", "model_name_or_path", "model_name", "model_id", "pretrained_model"), "model.path"),
-    **dict.fromkeys(("torch_dtype", "dtype", "bf16", "bnb_4bit_compute_dtype"), "model.compute_dtype"),
-    **dict.fromkeys(("load_in_4bit", "quantization_bit", "bnb_4bit_quant_type", "bits"), "quant.quant_type"),
-    **dict.fromkeys(("bnb_4bit_use_double_quant", "use_double_quant"), "quant.double_quant"),
-    **dict.fromkeys(("bnb_4bit_quant_storage", "bnb_4bit_quant_storage_dtype"), "quant.storage_dtype"),
-    **dict.fromkeys(("lora_r", "rank", "lora_rank"), "adapter.r"),
-    **dict.fromkeys(("lora_target", "lora_target_modules", "lora_target_linear"), "adapter.target_modules"),
-    **{"lora_alpha": "adapter.alpha", "lora_dropout": "adapter.dropout", "lora_model_dir": "adapter.init_from"},
-    **dict.fromkeys(("max_seq_length", "max_length", "cutoff_len", "sequence_len", "model_max_length"), "data.seq_len"),
-    **dict.fromkeys(("train_file", "train_files", "dataset", "datasets", "dataset_path"), "data.train"),
-    **dict.fromkeys(("eval_file", "validation_file", "eval_dataset", "test_datasets"), "data.eval"),
-    **dict.fromkeys(("max_samples", "max_train_samples"), "data.max_train_rows"),
-    **{"max_eval_samples": "data.max_eval_rows", "train_on_inputs": "data.loss_on"},
-    **dict.fromkeys(("group_by_length", "packing", "sample_packing", "neat_packing", "multipack"), "data.batching"),
-    **dict.fromkeys(("val_set_size", "test_size", "validation_split", "split_dataset_ratio"), "data.split"),
-    **dict.fromkeys(("num_train_epochs", "num_epochs"), "train.epochs"),
-    **dict.fromkeys(("batch_size", "per_device_train_batch_size", "micro_batch"), "train.micro_batch_size"),
-    **dict.fromkeys(("gradient_accumulation_steps", "gradient_accumulation"), "train.grad_accum_steps"),
-    **{"lr": "train.learning_rate", "warmup_ratio": "train.warmup_frac", "gradient_clipping": "train.max_grad_norm"},
-    **dict.fromkeys(("lr_scheduler", "lr_scheduler_type", "scheduler"), "train.schedule"),
-    **dict.fromkeys(("gradient_checkpointing", "activation_checkpointing"), "train.checkpointing"),
-    **{"save_steps": "train.save_every", "save_total_limit": "train.keep"},
-    **dict.fromkeys(("per_device_eval_batch_size", "eval_batch_size"), "eval.batch_size"),
-    **{"eval_steps": "eval.every"},
-    **{"output_dir": "run.dir", "logging_steps": "run.log_every", "random_seed": "run.seed"},
-    **dict.fromkeys(("report_to", "log_with", "logger", "use_wandb"), "run.trackers"),
-    **dict.fromkeys(("wandb_project", "project_name"), "run.tracker_project"),
-}
-OLD_SECTIONS: dict[str, str] = {
-    **dict.fromkeys(("base", "models"), "model"),
-    **dict.fromkeys(("quantization", "quantisation", "bnb", "bitsandbytes"), "quant"),
-    **dict.fromkeys(("lora", "peft", "qlora"), "adapter"),
-    **dict.fromkeys(("training", "trainer", "optim", "optimizer"), "train"),
-    **{"dataset": "data", "datasets": "data", "evaluation": "eval", "output": "run"},
-}
-
-
-def edit_distance(a: str, b: str) -> int:
-    """Least number of inserted, deleted, replaced and swapped neighbouring letters between the two."""
-    older: list[int] = []
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a):
-        oldest, older, row = older, row, [i + 1]
-        for j, y in enumerate(b):
-            row.append(min(older[j + 1] + 1, row[j] + 1, older[j] + (x != y)))
-            if i and j and x == b[j - 1] and a[i - 1] == y:
-                row[-1] = min(row[-1], oldest[j - 1] + 1)
-    return row[-1]
-
-
-def nearest(word: str, names: Collection[str]) -> list[str]:
-    """The names at the least edit distance from a misspelt word (at most 2 edits); else what difflib finds like it."""
-    word = word.lower().replace("-", "_")
-    if len(word) > 40:  # no misspelling of ours, and the time grows with the length
-        return []
-    likely = [name for name in names if abs(len(name) - len(word)) <= 2]
-    edits = {name: edit_distance(word, name) for name in likely}
-    least = min(edits.values(), default=99)
-    close = [name for name in likely if edits[name] == least <= min(2, len(name))]
-    return close[:3] or get_close_matches(word, names, n=2, cutoff=0.7)
-
-
-def advise_key(section: str, key: str) -> tuple[str, list[str]]:
-    """What to do about a key that `section` lacks, and the dotted keys that were probably meant."""
-    word = key.lower().replace("-", "_")
-    old = OLD_KEYS.get(word)
-    if old:
-        there, _, name = old.partition(".")
-        return f"it is called {name} here" + ("" if there == section else f", in the section {there}"), [old]
-    homes = [name for name, keys in KEYS.items() if word in keys and name != section]
-    if word in KEYS[section]:
-        return f"did you mean {word}?", [f"{section}.{word}"]
-    close = nearest(key, KEYS[section])
-    if homes and not (close and edit_distance(word, close[0]) == 1):
-        return f"it belongs to the section {' or '.join(homes)}", [f"{home}.{word}" for home in homes]
-    if close:
-        return f"did you mean {' or '.join(close)}?", [f"{section}.{name}" for name in close]
-    for name, keys in KEYS.items():
-        close = nearest(key, keys)
-        if close:
-            return f"did you mean {close[0]} in the section {name}?", [f"{name}.{close[0]}"]
-    return f"remove it; the keys of {section} are: {', '.join(KEYS[section])}", []
-
-
-def advise_section(name: str) -> tuple[str, str | None]:
-    """What to do about a top-level name that is no section, and the section that was probably meant."""
-    word = name.lower().replace("-", "_")
-    if word in OLD_SECTIONS:
-        return f"it is called {OLD_SECTIONS[word]} here", OLD_SECTIONS[word]
-    homes = [section for section, keys in KEYS.items() if word in keys]
-    if word in OLD_KEYS or homes:
-        target = OLD_KEYS.get(word) or f"{homes[0]}.{word}"
-        section, _, key = target.partition(".")
-        return f"it is {section}.{key} here: {key} in the section {section}", None
-    close = nearest(name, KEYS)
-    if close:
-        return f"did you mean {' or '.join(close)}?", close[0]
-    return f"remove it; the sections are: {', '.join(KEYS)}", None
-
-
-def cross_check(
-    recipe: Recipe, origins: Origins, unparsed: Collection[str] = (), *, with_data: bool = True
-) -> list[Problem]:
-    """Every conflict in the recipe; checks that need a section named in `unparsed`, or files of rows, are left out."""
+def cross_check(recipe: Recipe, origins: Origins, *, with_data: bool = True) -> list[Problem]:
+    """Every conflict in the recipe. A check ends at a key whose value is wrong; files of rows can be left out."""
     problems: list[Problem] = []
-    for needed, check in _CHECKS:
-        if not set(needed) & set(unparsed) and (with_data or check is not _data_files):
-            problems.extend(check(recipe, origins))
+    for check in _CHECKS:
+        if with_data or check is not _data_files:
+            with suppress(Unread):
+                problems.extend(check(recipe, origins))
     return problems
-
-
-def near_files(path: Path) -> str:
-    """A phrase naming the files beside `path` that are called almost the same; empty if there are none."""
-    try:
-        names = sorted(entry.name for entry in islice(path.parent.iterdir(), 10_000))
-    except (OSError, ValueError):
-        return ""
-    close = get_close_matches(path.name, names, n=3, cutoff=0.6)
-    close = close or [name for name in names if Path(name).stem == path.stem][:3]
-    return f"nearest in {path.parent}: {', '.join(close)}" if close else ""
-
-
-def _given(origins: Origins, key: str) -> bool:
-    return origins.get(key, "default") != "default"
-
-
-def _at(origins: Origins, key: str) -> str:
-    """The place of a key for the middle of a sentence."""
-    origin = origins.get(key, "default")
-    if origin == "default":
-        return "left at its default"
-    return f"set at {origin}" if ":" in origin else f"set on the {origin}"
-
-
-def _where(origins: Origins, key: str) -> str | None:
-    return origins[key] if _given(origins, key) else None
-
-
-def _method(recipe: Recipe, origins: Origins) -> Iterator[Problem]:
-    name = recipe.adapter.method
-    if name not in METHODS:
-        close = get_close_matches(name.lower(), METHODS, n=1, cutoff=0.5)
-        fix = f"did you mean {close[0]}? " if close else ""
-        fix += f"The methods are: {', '.join(METHODS)}"
-        yield Problem(f"adapter.method: '{name}' is not a known method", fix, _where(origins, "adapter.method"))
 
 
 def _quant_off(recipe: Recipe, origins: Origins) -> Iterator[Problem]:
@@ -177,13 +34,49 @@ def _quant_off(recipe: Recipe, origins: Origins) -> Iterator[Problem]:
     for key in ("double_quant", "block_size", "storage_dtype", "skip_modules"):
         dotted = f"quant.{key}"
         asked = getattr(recipe.quant, key) not in (False, ())  # `double_quant: false` agrees with quant_type none
-        if _given(origins, dotted) and asked:
-            what = f"{dotted} has no effect: quant.quant_type is none ({_at(origins, 'quant.quant_type')})"
-            yield Problem(what, f"remove {key}, or set quant_type to nf4", _where(origins, dotted))
+        if is_given(origins, dotted) and asked:
+            what = f"{dotted} has no effect: quant.quant_type is none ({at(origins, 'quant.quant_type')})"
+            yield Problem(what, f"remove {key}, or set quant_type to nf4", place_of(origins, dotted))
+
+
+def _export_base(recipe: Recipe, origins: Origins) -> Iterator[Problem]:
+    base, where = recipe.export.base, place_of(origins, "export.base")
+    if base != "dequantized" and recipe.quant.quant_type == "none":
+        what = f"export.base: {base} has no effect: nothing is quantised ({at(origins, 'quant.quant_type')})"
+        yield Problem(what, "remove base", where)
+    if base != "auto" and is_given(origins, "export.compare_rows"):
+        what = f"export.compare_rows has no effect: export.base is {base} ({at(origins, 'export.base')})"
+        yield Problem(what, "set base to auto, or remove compare_rows", place_of(origins, "export.compare_rows"))
+
+
+def _int4(recipe: Recipe, origins: Origins) -> Iterator[Problem]:
+    """What INT4 codes have none of; and QA-LoRA's groups, which must be those of the base."""
+    quant, adapter = recipe.quant, recipe.adapter
+    if quant.quant_type == "int4":
+        chosen = f"quant.quant_type is int4 ({at(origins, 'quant.quant_type')})"
+        if quant.double_quant and is_given(origins, "quant.double_quant"):
+            what = f"quant.double_quant has no effect: {chosen}, whose scales and zero points are kept as they are"
+            yield Problem(what, "remove double_quant", place_of(origins, "quant.double_quant"))
+        if quant.storage_dtype != "uint8":
+            what = f"quant.storage_dtype: {quant.storage_dtype} does not go with int4: {chosen}"
+            yield Problem(what, "remove storage_dtype", place_of(origins, "quant.storage_dtype"))
+    if adapter.method == "qalora":
+        if quant.quant_type != "int4":
+            what = (
+                f"adapter.method: qalora merges into the zero points of an int4 base, and quant.quant_type is "
+                f"{quant.quant_type} ({at(origins, 'quant.quant_type')}), which has none"
+            )
+            yield Problem(what, "set quant.quant_type to int4", place_of(origins, "adapter.method"))
+        elif adapter.group_size != quant.block_size:
+            what = (
+                f"adapter.group_size: {adapter.group_size} are not the groups of the base: quant.block_size is "
+                f"{quant.block_size} ({at(origins, 'quant.block_size')})"
+            )
+            yield Problem(what, "give both the same value", place_of(origins, "adapter.group_size"))
 
 
 def _eval_without_data(recipe: Recipe, origins: Origins) -> Iterator[Problem]:
-    if recipe.data.holds_out:
+    if recipe.data.eval or recipe.data.split is not None:
         return
     wanted = {
         "eval.every": recipe.eval.every > 0,
@@ -191,29 +84,29 @@ def _eval_without_data(recipe: Recipe, origins: Origins) -> Iterator[Problem]:
         "data.max_eval_rows": recipe.data.max_eval_rows is not None,
     }
     for dotted, asked in wanted.items():
-        if asked and _given(origins, dotted):
-            what = f"{dotted} has no rows to evaluate: data.eval is empty ({_at(origins, 'data.eval')})"
+        if asked and is_given(origins, dotted):
+            what = f"{dotted} has no rows to evaluate: data.eval is empty ({at(origins, 'data.eval')})"
             name = dotted.partition(".")[2]
             fix = f"give data.eval a file of held-out rows, set data.split: 5%, or remove {name}"
-            yield Problem(what, fix, _where(origins, dotted))
+            yield Problem(what, fix, place_of(origins, dotted))
 
 
 def _loss_on_text(recipe: Recipe, origins: Origins) -> Iterator[Problem]:
     """A choice between answers where no source has any. Where one has, text rows beside it are trained whole."""
     data = recipe.data
-    if data.loss_on == "all" or not _given(origins, "data.loss_on"):
+    if data.loss_on == "all" or not is_given(origins, "data.loss_on"):
         return
     sources = (*data.train, *data.eval)
     if any((source.format or data.format) != "text" for source in sources):
         return
     own = [source.path for source in sources if source.format is not None]
-    told = "" if len(own) == len(sources) else f"data.format is text ({_at(origins, 'data.format')})"
+    told = "" if len(own) == len(sources) else f"data.format is text ({at(origins, 'data.format')})"
     named = f"the format of {', '.join(own)} is text" if own else ""
     what = (
         f"data.loss_on: {data.loss_on} has no effect: {' and '.join(filter(None, (told, named)))}, "
         "and text rows have no answers: all of their tokens are trained"
     )
-    yield Problem(what, "set loss_on to all, or remove it", _where(origins, "data.loss_on"))
+    yield Problem(what, "set loss_on to all, or remove it", place_of(origins, "data.loss_on"))
 
 
 def _same_file(recipe: Recipe, origins: Origins) -> Iterator[Problem]:
@@ -227,17 +120,17 @@ def _same_file(recipe: Recipe, origins: Origins) -> Iterator[Problem]:
     for source in recipe.data.eval:
         if identity(source) in train:
             what = (
-                f"data.eval: {source.path} is also in data.train ({_at(origins, 'data.train')}), so no row of it is "
+                f"data.eval: {source.path} is also in data.train ({at(origins, 'data.train')}), so no row of it is "
                 "held out"
             )
             fix = "hold other rows out (data.split: 5% does), or remove the file from one of the two"
-            yield Problem(what, fix, _where(origins, "data.eval"))
+            yield Problem(what, fix, place_of(origins, "data.eval"))
 
 
 def _two_held_out(recipe: Recipe, origins: Origins) -> Iterator[Problem]:
     if recipe.data.split is not None and recipe.data.eval:
-        what = f"data.split and data.eval ({_at(origins, 'data.eval')}) both name the held-out rows"
-        yield Problem(what, "keep one of them", _where(origins, "data.split"))
+        what = f"data.split and data.eval ({at(origins, 'data.eval')}) both name the held-out rows"
+        yield Problem(what, "keep one of them", place_of(origins, "data.split"))
 
 
 def _source_keys(recipe: Recipe, origins: Origins) -> Iterator[Problem]:
@@ -249,14 +142,14 @@ def _source_keys(recipe: Recipe, origins: Origins) -> Iterator[Problem]:
                 for field in ("revision", "subset"):
                     if getattr(source, field) is not None:
                         what = f"{name}.{field} has no effect: {source.path} is a local path"
-                        yield Problem(what, f"remove {field}; it belongs to hub ids", _where(origins, f"data.{key}"))
+                        yield Problem(what, f"remove {field}; it belongs to hub ids", place_of(origins, f"data.{key}"))
             if source.split != "train" and kind_of(Path(source.path)) == "file":
                 what = f"{name}.split has no effect: {source.path} is one file, read whole"
                 fix = "remove split; it belongs to hub ids and folders"
-                yield Problem(what, fix, _where(origins, f"data.{key}"))
+                yield Problem(what, fix, place_of(origins, f"data.{key}"))
             if key == "eval" and source.weight != 1:
                 what = f"{name}.weight has no effect: held-out rows are measured once each"
-                yield Problem(what, "remove weight", _where(origins, "data.eval"))
+                yield Problem(what, "remove weight", place_of(origins, "data.eval"))
 
 
 def _column_names(recipe: Recipe, origins: Origins) -> Iterator[Problem]:
@@ -271,25 +164,25 @@ def _column_names(recipe: Recipe, origins: Origins) -> Iterator[Problem]:
                 close = nearest(ours, COLUMN_NAMES)
                 fix = f"did you mean {' or '.join(close)}? " if close else ""
                 fix += f"Write our name first, then the file's. Ours are: {', '.join(COLUMN_NAMES)}"
-                yield Problem(f"{name}: no format has a column {printable(ours)!r}", fix, _where(origins, key))
+                yield Problem(f"{name}: no format has a column {printable(ours)!r}", fix, place_of(origins, key))
 
 
 def _attention_of_packs(recipe: Recipe, origins: Origins) -> Iterator[Problem]:
     if recipe.data.batching == "packed" and recipe.model.attn_implementation != "auto":
         what = (
             f"model.attn_implementation: {recipe.model.attn_implementation} does not keep the rows of a pack apart, "
-            f"and data.batching is packed ({_at(origins, 'data.batching')})"
+            f"and data.batching is packed ({at(origins, 'data.batching')})"
         )
         fix = "remove attn_implementation, or set data.batching to length_grouped"
-        yield Problem(what, fix, _where(origins, "model.attn_implementation"))
+        yield Problem(what, fix, place_of(origins, "model.attn_implementation"))
 
 
 def _paged_on_cpu(recipe: Recipe, origins: Origins) -> Iterator[Problem]:
     optimizer = recipe.train.optimizer
     if optimizer.startswith("paged_") and recipe.model.device == "cpu":
-        what = f"train.optimizer: {optimizer} needs CUDA, and model.device is cpu ({_at(origins, 'model.device')})"
+        what = f"train.optimizer: {optimizer} needs CUDA, and model.device is cpu ({at(origins, 'model.device')})"
         fix = f"set optimizer to {optimizer.removeprefix('paged_')}"
-        yield Problem(what, fix, _where(origins, "train.optimizer"))
+        yield Problem(what, fix, place_of(origins, "train.optimizer"))
 
 
 def _checkpointing(recipe: Recipe, origins: Origins) -> Iterator[Problem]:
@@ -299,11 +192,11 @@ def _checkpointing(recipe: Recipe, origins: Origins) -> Iterator[Problem]:
     if train.checkpointing in ("auto", "none"):
         for key in (key for key, is_asked in asked.items() if is_asked):
             dotted, chosen = f"train.{key}", f"train.checkpointing is {train.checkpointing}"
-            what = f"{dotted} has no effect: {chosen} ({_at(origins, 'train.checkpointing')})"
-            yield Problem(what, f"set checkpointing to full or selective, or remove {key}", _where(origins, dotted))
+            what = f"{dotted} has no effect: {chosen} ({at(origins, 'train.checkpointing')})"
+            yield Problem(what, f"set checkpointing to full or selective, or remove {key}", place_of(origins, dotted))
     if train.offload_checkpoints and recipe.model.device == "cpu":
-        what = f"train.offload_checkpoints needs CUDA, and model.device is cpu ({_at(origins, 'model.device')})"
-        yield Problem(what, "remove offload_checkpoints", _where(origins, "train.offload_checkpoints"))
+        what = f"train.offload_checkpoints needs CUDA, and model.device is cpu ({at(origins, 'model.device')})"
+        yield Problem(what, "remove offload_checkpoints", place_of(origins, "train.offload_checkpoints"))
 
 
 def _memory_auto(recipe: Recipe, origins: Origins) -> Iterator[Problem]:
@@ -311,11 +204,11 @@ def _memory_auto(recipe: Recipe, origins: Origins) -> Iterator[Problem]:
     train, batching = recipe.train, recipe.data.batching
     if train.memory != "auto":
         return
-    where = _where(origins, "train.memory")
+    where = place_of(origins, "train.memory")
     if batching == "length_grouped":
         what = (
             "train.memory: auto would change which rows meet in a step: data.batching is length_grouped "
-            f"({_at(origins, 'data.batching')}), which puts rows of like length into one micro-batch"
+            f"({at(origins, 'data.batching')}), which puts rows of like length into one micro-batch"
         )
         yield Problem(what, "set memory to fixed, or data.batching to packed", where)
     if train.micro_batch_size * train.grad_accum_steps == 1:
@@ -327,29 +220,29 @@ def _compiled_selective(recipe: Recipe, origins: Origins) -> Iterator[Problem]:
     if recipe.train.compile is True and recipe.train.checkpointing == "selective":
         what = (
             "train.compile: true does not go with train.checkpointing: selective "
-            f"({_at(origins, 'train.checkpointing')}), which watches single operators"
+            f"({at(origins, 'train.checkpointing')}), which watches single operators"
         )
-        yield Problem(what, "set checkpointing to full or auto, or compile to auto", _where(origins, "train.compile"))
+        yield Problem(what, "set checkpointing to full or auto, or compile to auto", place_of(origins, "train.compile"))
 
 
 def _resident_layers(recipe: Recipe, origins: Origins) -> Iterator[Problem]:
     if recipe.train.resident_layers in ("auto", 0):
         return
     reasons = {
-        f"quant.quant_type is none ({_at(origins, 'quant.quant_type')}), nothing is dequantised": (
+        f"quant.quant_type is none ({at(origins, 'quant.quant_type')}), nothing is dequantised": (
             recipe.quant.quant_type == "none"
         ),
-        f"train.fused is false ({_at(origins, 'train.fused')})": not recipe.train.fused,
+        f"train.fused is false ({at(origins, 'train.fused')})": not recipe.train.fused,
     }
     for reason, holds in reasons.items():
         if holds:
             what = f"train.resident_layers has no effect: {reason}"
-            yield Problem(what, "remove resident_layers", _where(origins, "train.resident_layers"))
+            yield Problem(what, "remove resident_layers", place_of(origins, "train.resident_layers"))
 
 
 def _missing(dotted: str, path: Path, origins: Origins, kind: str) -> Iterator[Problem]:
     """A problem if there is no file, folder or either (`kind`: file, folder, file or folder) at `path`."""
-    where, found = _where(origins, dotted), kind_of(path)
+    where, found = place_of(origins, dotted), kind_of(path)
     if found is None:
         yield Problem(f"{dotted}: there is no {kind} {path}", near_files(path) or "check the path", where)
     elif found not in kind:
@@ -369,8 +262,8 @@ def _model_files(recipe: Recipe, origins: Origins) -> Iterator[Problem]:
     local = Path(model.path).is_absolute()
     if model.revision is not None and (local or model.path.startswith("package:")):
         kind = "is a local path" if local else "names an installed package"
-        what = f"model.revision has no effect: model.path {kind} ({_at(origins, 'model.path')})"
-        yield Problem(what, "remove revision; it belongs to hub ids", _where(origins, "model.revision"))
+        what = f"model.revision has no effect: model.path {kind} ({at(origins, 'model.path')})"
+        yield Problem(what, "remove revision; it belongs to hub ids", place_of(origins, "model.revision"))
     if local:
         yield from _missing("model.path", Path(model.path), origins, "file or folder")
     if model.chat_template is not None:
@@ -385,12 +278,12 @@ def _adapter_folder(recipe: Recipe, origins: Origins) -> Iterator[Problem]:
 def _run_dir(recipe: Recipe, origins: Origins) -> Iterator[Problem]:
     if kind_of(recipe.run.dir) == "file":
         what = f"run.dir: {recipe.run.dir} is a file, not a folder"
-        yield Problem(what, "name a folder; it is made where there is none", _where(origins, "run.dir"))
+        yield Problem(what, "name a folder; it is made where there is none", place_of(origins, "run.dir"))
 
 
 def _trackers(recipe: Recipe, origins: Origins) -> Iterator[Problem]:
     """Trackers that are not installed, named twice, or have no project."""
-    names, where = recipe.run.trackers, _where(origins, "run.trackers")
+    names, where = recipe.run.trackers, place_of(origins, "run.trackers")
     for name in dict.fromkeys(names):
         if names.count(name) > 1:
             yield Problem(f"run.trackers: {name} is given twice", "keep one of them", where)
@@ -399,29 +292,32 @@ def _trackers(recipe: Recipe, origins: Origins) -> Iterator[Problem]:
         except PackageNotFoundError:
             yield Problem(f"run.trackers: {name} is not installed", f"run `pip install {name}`, or leave it out", where)
     dotted = "run.tracker_project"
-    if _given(origins, dotted) and not {"wandb", "trackio"} & set(names):
-        what = f"{dotted} has no effect: run.trackers ({_at(origins, 'run.trackers')}) names neither wandb nor trackio"
-        yield Problem(what, "remove tracker_project, or name one of them", _where(origins, dotted))
+    if is_given(origins, dotted) and not {"wandb", "trackio"} & set(names):
+        what = f"{dotted} has no effect: run.trackers ({at(origins, 'run.trackers')}) names neither wandb nor trackio"
+        yield Problem(what, "remove tracker_project, or name one of them", place_of(origins, dotted))
 
 
-_CHECKS: tuple[tuple[tuple[str, ...], Callable[[Recipe, Origins], Iterator[Problem]]], ...] = (
-    (("adapter",), _method),
-    (("adapter",), _adapter_folder),
-    (("quant",), _quant_off),
-    (("eval", "data"), _eval_without_data),
-    (("data",), _two_held_out),
-    (("data",), _source_keys),
-    (("data",), _column_names),
-    (("data", "model"), _attention_of_packs),
-    (("train", "model"), _paged_on_cpu),
-    (("train", "model"), _checkpointing),
-    (("train", "data"), _memory_auto),
-    (("train",), _compiled_selective),
-    (("train", "quant"), _resident_layers),
-    (("data",), _loss_on_text),
-    (("data",), _same_file),
-    (("data",), _data_files),
-    (("model",), _model_files),
-    (("run",), _run_dir),
-    (("run",), _trackers),
+_CHECKS: tuple[Callable[[Recipe, Origins], Iterator[Problem]], ...] = (
+    *ADAPTER_CHECKS,
+    _adapter_folder,
+    _quant_off,
+    _int4,
+    check_rule,
+    _export_base,
+    _eval_without_data,
+    _two_held_out,
+    _source_keys,
+    _column_names,
+    _attention_of_packs,
+    _paged_on_cpu,
+    _checkpointing,
+    _memory_auto,
+    _compiled_selective,
+    _resident_layers,
+    _loss_on_text,
+    _same_file,
+    _data_files,
+    _model_files,
+    _run_dir,
+    _trackers,
 )

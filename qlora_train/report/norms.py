@@ -7,13 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from peft import LoraConfig
 from torch import Tensor
 
-from qlora_train.adapters.state import load_adapter_config, read_adapter_tensors
-
-_PREFIX = "base_model.model."
-_FACTOR_A = ".lora_A.weight"
+from qlora_train.adapters.fold import read_deltas
+from qlora_train.adapters.state import load_adapter_config
 
 
 @dataclass(frozen=True)
@@ -65,20 +62,19 @@ def delta_norm(lora_A: Tensor, lora_B: Tensor, scaling: float) -> float:
 
 
 def module_norms(adapter: Path) -> tuple[ModuleNorm, ...]:
-    """The norms of all modules of an adapter folder in PEFT's format, in the order of the model's layers.
+    """The norms of all modules of an adapter folder, in the order of the model's layers; none where a method's updates
+    are no product of two factors.
 
-    Raises ModelError where the folder is no LoRA adapter or is damaged. Holds the adapter's tensors at once.
+    Raises ModelError where the folder is no adapter of ours or PEFT's, or is damaged. Holds the adapter's tensors at
+    once.
     """
-    config = load_adapter_config(adapter)
-    tensors = read_adapter_tensors(adapter)
+    if load_adapter_config(adapter).method.merges != "fold":
+        return ()
     norms = []
-    for name, lora_A in tensors.items():
-        if name.endswith(_FACTOR_A):
-            stem = name.removesuffix(_FACTOR_A)
-            lora_B = tensors[f"{stem}.lora_B.weight"]
-            norm_A, norm_B = (float(factor.double().norm()) for factor in (lora_A, lora_B))
-            delta_weight = delta_norm(lora_A, lora_B, _scaling(config))
-            norms.append(ModuleNorm(stem.removeprefix(_PREFIX), norm_A, norm_B, delta_weight))
+    for name, delta in read_deltas(adapter).items():
+        norm_A, norm_B = (float(factor.double().norm()) for factor in (delta.lora_A, delta.lora_B))
+        delta_weight = delta_norm(delta.lora_A, delta.lora_B, delta.scaling)
+        norms.append(ModuleNorm(name.removesuffix(".weight"), norm_A, norm_B, delta_weight))
     return tuple(sorted(norms, key=lambda norm: (norm.layer is None, norm.layer or 0, norm.module)))
 
 
@@ -92,8 +88,3 @@ def norm_grid(norms: Sequence[ModuleNorm], factor: str = "delta_weight") -> Norm
     names = tuple(dict.fromkeys(name for name, _ in cells))
     layers = tuple(sorted({layer for _, layer in cells}))
     return NormGrid(names, layers, tuple(tuple(cells.get((name, layer)) for layer in layers) for name in names))
-
-
-def _scaling(config: LoraConfig) -> float:
-    """PEFT's factor on B A. `load_adapter_config` has refused factors of single modules."""
-    return float(config.lora_alpha) / (math.sqrt(config.r) if config.use_rslora else config.r)

@@ -252,6 +252,7 @@ class Export(Shape):
 
     folder: str
     export_dtype: str
+    merged_onto: str = "dequantized"  # any other base makes another model than the trained one
     adapter_sha256: str
     accepted: bool
     num_rows: int

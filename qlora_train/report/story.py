@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from qlora_train.data.page import percent
+from qlora_train.recipe.methods import METHODS
 from qlora_train.report.facts import RunFacts
 from qlora_train.report.shapes import Evaluation, Scores
 from qlora_train.report.tables import change, score_change, state
@@ -29,8 +30,10 @@ def sentence(run: RunFacts) -> str:
     base = f" in {quant.upper()}" if quant not in ("", "none") else ""
     words = f"{plain(model).rpartition('/')[2] or 'A model'}{base}"
     if method := run.setting("adapter.method"):
-        r, alpha = plain(run.setting("adapter.r")), plain(run.setting("adapter.alpha")).removesuffix(".0")
-        words += f" with {'LoRA' if method == 'lora' else plain(method)} (r = {r}, alpha = {alpha})"
+        words += f" with {'LoRA' if method == 'lora' else plain(method)}"
+        if method not in METHODS or "r" in METHODS[method].reads:
+            r, alpha = plain(run.setting("adapter.r")), plain(run.setting("adapter.alpha")).removesuffix(".0")
+            words += f" (r = {r}, alpha = {alpha})"
     if train := run.data.split("train") if run.data else None:
         words += f", {'trained' if run.summary else 'to be trained'} on {train.num_trained:,} rows"
     words += f". {state(run).capitalize()}"
@@ -85,9 +88,10 @@ def _score_tiles(evaluation: Evaluation | None) -> list[Tile]:
         return Tile(score_change(evaluation, score, write) or "", label, note, worse)
 
     asked = f"of {evaluation.base.scores.num_answers:,} answers"
+    alike = f"{asked}; 1 means identical"
     return [
         tile(lambda scores: scores.exact_match, percent, "exact match", f"{asked}, word for word"),
-        tile(lambda scores: scores.char_similarity, "{:.3f}".format, "character similarity", f"{asked}; 1 is the same"),
+        tile(lambda scores: scores.char_similarity, "{:.3f}".format, "character similarity", alike),
     ]
 
 
@@ -115,6 +119,10 @@ def _merge_tile(run: RunFacts) -> Tile | None:
     note = f"KL from the trained model: {small_share(export.kl_frac)} of the adapter's effect"
     if not export.accepted:
         return Tile("refused", "merge", f"{note}, more than {small_share(export.max_kl_frac)}", True)
+    if export.merged_onto != "dequantized":
+        return Tile("another model", "merge", f"onto the {export.merged_onto} base; {note}")
+    if export.kl_frac > export.max_kl_frac:
+        return Tile("accepted all the same", "merge", f"{note}, more than {small_share(export.max_kl_frac)}", True)
     return Tile("verified", "merge", note)
 
 

@@ -228,6 +228,7 @@ def merge_rows(runs: Sequence[RunFacts]) -> list[Row]:
             ("Verdict", of_export(lambda export: "accepted" if export.accepted else "refused: nothing was published")),
             ("Folder", of_export(lambda export: export.folder)),
             ("Weights", of_export(lambda export: export.export_dtype)),
+            ("Merged onto", of_export(lambda export: f"the {export.merged_onto} base")),
             ("KL from the trained model (nats per token)", both(lambda distance: f"{distance.mean_kl:.3g}")),
             ("KL as a share of the adapter's effect", of_export(limit)),
             ("Same most likely token", both(lambda distance: percent(distance.top1_agreement))),

@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,11 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from qlora_train.adapters.hooks import NO_HOOKS, MethodHooks, Value
 from qlora_train.adapters.state import restore_adapter, save_adapter
 from qlora_train.artifacts import MANIFEST, RunDir, is_full, manifest_faults, publishing, read_manifest, retire
 from qlora_train.errors import MachineError, ResumeError
+from qlora_train.train.fork import binding_changes, refuse_changes
 from qlora_train.train.optim import optimizer_tensors, restore_optimizer, trainable_parameters
 from qlora_train.train.signals import StopRequest
 from qlora_train.train.state import Binding, TrainState
@@ -27,6 +29,8 @@ from qlora_train.untrusted import refuse_pickles
 _STEP_NAME = re.compile(r"step-(\d{6,})")
 _OPTIMIZER = "optimizer.safetensors"
 _STATE = "state.json"
+_METHOD_TENSORS, _METHOD_VALUES = "method.safetensors", "method.json"  # of a method that keeps a state
+NOWHERE: Mapping[str, Any] = {}  # no environment is known
 WAIT_S = 30.0
 
 
@@ -39,13 +43,19 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    run_dir: RunDir, state: TrainState, model: PeftModel, optimizer: torch.optim.Optimizer, binding: Binding
+    run_dir: RunDir,
+    state: TrainState,
+    model: PeftModel,
+    optimizer: torch.optim.Optimizer,
+    binding: Binding,
+    hooks: MethodHooks = NO_HOOKS,
+    environment: Mapping[str, Any] = NOWHERE,
 ) -> Checkpoint:
     """Write one checkpoint whole or not at all. An existing one of the same step is replaced."""
     target = run_dir.checkpoints / f"step-{state.step:06d}"
-    manifest = {"step": state.step, "binding": binding.as_dict()}
+    manifest = {"step": state.step, "binding": binding.as_dict(), "environment": dict(environment)}
     with publishing(target, manifest=manifest, num_bytes=checkpoint_bytes(model, optimizer), replace=True) as folder:
-        write_checkpoint(folder, run_dir, state, model, optimizer)
+        write_checkpoint(folder, run_dir, state, model, optimizer, hooks)
     return Checkpoint(state.step, target)
 
 
@@ -64,13 +74,23 @@ def when_there_is_room(save: Callable[[], Checkpoint], warn: Callable[[str], Non
 
 
 def write_checkpoint(
-    folder: Path, run_dir: RunDir, state: TrainState, model: PeftModel, optimizer: torch.optim.Optimizer
+    folder: Path,
+    run_dir: RunDir,
+    state: TrainState,
+    model: PeftModel,
+    optimizer: torch.optim.Optimizer,
+    hooks: MethodHooks = NO_HOOKS,
 ) -> None:
     """The files of a checkpoint, but for its manifest, into a folder."""
     save_adapter(model, folder)
     save_file(optimizer_tensors(model, optimizer), folder / _OPTIMIZER)
     (folder / _STATE).write_text(json.dumps(state.as_dict(), indent=1), encoding="utf-8")
     shutil.copyfile(run_dir.recipe, folder / run_dir.recipe.name)
+    if kept := hooks.state_dict():
+        tensors = {name: value.detach().cpu().contiguous() for name, value in kept.items() if isinstance(value, Tensor)}
+        plain = {name: value for name, value in kept.items() if name not in tensors}
+        save_file(tensors, folder / _METHOD_TENSORS)
+        (folder / _METHOD_VALUES).write_text(json.dumps(plain, indent=1, allow_nan=False), encoding="utf-8")
 
 
 def checkpoint_bytes(model: PeftModel, optimizer: torch.optim.Optimizer) -> int:
@@ -83,6 +103,12 @@ def stored_binding(checkpoint: Checkpoint) -> dict[str, Any]:
     """What the checkpoint says that it belongs to."""
     binding: dict[str, Any] = read_manifest(checkpoint.folder)["binding"]
     return binding
+
+
+def stored_environment(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What the machine was that wrote the checkpoint; empty where it does not say."""
+    environment: dict[str, Any] = read_manifest(checkpoint.folder).get("environment", {})
+    return environment
 
 
 def list_steps(run_dir: RunDir) -> dict[int, Path]:
@@ -129,14 +155,34 @@ def _faults(step: int, folder: Path) -> list[str]:
 
 
 def restore_checkpoint(
-    checkpoint: Checkpoint, model: PeftModel, optimizer: torch.optim.Optimizer, binding: Binding
+    checkpoint: Checkpoint,
+    model: PeftModel,
+    optimizer: torch.optim.Optimizer,
+    binding: Binding,
+    hooks: MethodHooks = NO_HOOKS,
+    allowed: frozenset[str] = frozenset(),
 ) -> TrainState:
-    """Put adapter, optimiser and counters back, to the bit. Raises ResumeError when the checkpoint is another run's."""
-    binding.refuse_difference(stored_binding(checkpoint))
+    """Put adapter, optimiser, method and counters back, to the bit.
+
+    Raises OtherRun when the checkpoint is another run's, but for the keys of the recipe that are `allowed` to differ.
+    """
+    refuse_changes(binding_changes(stored_binding(checkpoint), binding), allowed, checkpoint.folder.name)
     state = TrainState.from_dict(json.loads((checkpoint.folder / _STATE).read_text(encoding="utf-8")))
     restore_adapter(model, checkpoint.folder)
     restore_optimizer(model, optimizer, load_file(checkpoint.folder / _OPTIMIZER))
+    try:
+        hooks.load_state_dict(_method_state(checkpoint.folder))
+    except ValueError as error:
+        raise ResumeError(f"{checkpoint.folder.name}: {error}", fix="use another step") from error
     return state
+
+
+def _method_state(folder: Path) -> dict[str, Value]:
+    """What the method kept; empty where it keeps nothing."""
+    if not (folder / _METHOD_VALUES).exists():
+        return {}
+    plain: dict[str, Value] = json.loads((folder / _METHOD_VALUES).read_text(encoding="utf-8"))
+    return plain | load_file(folder / _METHOD_TENSORS)
 
 
 def retire_newer(run_dir: RunDir, step: int) -> None:

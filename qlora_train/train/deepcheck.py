@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qlora_train.adapters.layers import lora_layers
+from qlora_train.adapters.forms.base import layer_tensors
+from qlora_train.adapters.layers import adapted_layers
 from qlora_train.artifacts import RunDir
 from qlora_train.data.encode import Encoder
 from qlora_train.data.fates import CODE
@@ -24,8 +25,9 @@ from qlora_train.model.load import memory_advice, with_end_tokens
 from qlora_train.model.skeleton import head_name, linear_layers
 from qlora_train.model.table import dtype_table
 from qlora_train.quant.fingerprint import BasePrint, print_base
+from qlora_train.recipe.methods import METHODS
 from qlora_train.recipe.schema import QuantSection, Recipe
-from qlora_train.train.loop import Job
+from qlora_train.train.job import Job
 from qlora_train.train.metrics import Silent
 from qlora_train.train.optim import build_optimizer, trainable_parameters
 from qlora_train.train.selfcheck import compare_rows, has_experts
@@ -205,7 +207,8 @@ def _whole_rows(split: Split) -> TokenTable:
 def check_gradients(job: Job, table: TokenTable, base_digest: str) -> Iterator[Finding]:
     """Where gradients reach the adapter, before and after one real step; what the step leaves; sums over micro-batches.
 
-    B starts at zero, so that A has no gradient before B has moved. The step is thrown away by `_left_as_it_was`.
+    In plain LoRA B starts at zero, so that A has no gradient before B has moved; other methods have other such parts.
+    The step is thrown away by `_left_as_it_was`.
     """
     rows = _gradient_rows(table)
     packed = job.recipe.data.batching == "packed"
@@ -215,14 +218,18 @@ def check_gradients(job: Job, table: TokenTable, base_digest: str) -> Iterator[F
         return collate(table, lines, job.pad_token_id, packed=packed)
 
     _, at_start = _gradients(job, [batch(rows)])
-    yield _reached("gradient of B before the first step", job, at_start, "lora_B")
+    parts = METHODS[job.recipe.adapter.method].trains
+    is_plain = parts == ("lora_A", "lora_B") and METHODS[job.recipe.adapter.method].start == "zero"
+    first = ("lora_B",) if is_plain else parts
+    named = "B" if is_plain else "the adapter"
+    yield _reached(f"gradient of {named} before the first step", job, at_start, first)
     before = {name: parameter.detach().clone() for name, parameter in trainable_parameters(job.model).items()}
     job.model.train()
     train = job.recipe.train
     train_step(
         job.causal,
         [batch(rows)],
-        build_optimizer(job.model, train),
+        build_optimizer(job.model, train, job.recipe.adapter),
         job.accelerator,
         seed=job.recipe.run.seed,
         step=0,
@@ -230,7 +237,7 @@ def check_gradients(job: Job, table: TokenTable, base_digest: str) -> Iterator[F
         max_grad_norm=train.max_grad_norm,
     )
     moved = {name: parameter.detach() - before[name] for name, parameter in trainable_parameters(job.model).items()}
-    yield _reached("B moved by one step", job, moved, "lora_B")
+    yield _reached(f"{named} moved by one step", job, moved, first)
     same = print_base(job.model).digest == base_digest
     yield Finding(
         "bytes of the base after one step",
@@ -240,7 +247,10 @@ def check_gradients(job: Job, table: TokenTable, base_digest: str) -> Iterator[F
         "report the architecture: a part of the frozen base changes when it runs",
     )
     loss, whole = _gradients(job, [batch(rows)])
-    yield _reached("gradient of A after one step", job, whole, "lora_A")
+    for part in ("lora_A",) if is_plain else parts:
+        named = part.removeprefix("lora_").replace("_", " ")
+        if _layers_with(job.model, (part,)):
+            yield _reached(f"gradient of {named} after one step", job, whole, (part,))
     yield from _same_sums(job, (loss, whole), _gradients(job, [batch([row]) for row in rows]))
 
 
@@ -276,13 +286,17 @@ def _norm(tensors: Iterable[Tensor]) -> float:
     return float(torch.stack([tensor.double().square().sum() for tensor in tensors]).sum().sqrt())
 
 
-def _reached(what: str, job: Job, tensors: Mapping[str, Tensor], part: str) -> Finding:
-    """In how many adapted layers the tensor of a part, lora_A or lora_B, is finite and not zero: in all.
+def _reached(what: str, job: Job, tensors: Mapping[str, Tensor], parts: Sequence[str]) -> Finding:
+    """In how many adapted layers that have one of these parts (lora_A, lora_B) one is finite and not zero: in all.
 
     Of a mixture of experts, those may be left out that no token of these few rows was sent to.
     """
-    layers = list(lora_layers(job.model))
-    norms = {name.partition(f".{part}.")[0]: _norm([tensor]) for name, tensor in tensors.items() if f".{part}." in name}
+    norms: dict[str, float] = {}
+    for name, tensor in tensors.items():
+        layer, _, attribute = name.rpartition(".lora_")
+        if f"lora_{attribute.partition('.')[0]}" in parts:
+            norms[layer] = max(norms.get(layer, 0.0), _norm([tensor]))
+    layers = _layers_with(job.model, parts)
     missing = [name for name in layers if not 0 < norms.get(name, 0.0) < float("inf")]
     spared = [name for name in missing if has_experts(job.causal) and "expert" in name]
     bad = [name for name in missing if name not in spared]
@@ -293,6 +307,12 @@ def _reached(what: str, job: Job, tensors: Mapping[str, Tensor], part: str) -> F
         not bad,
         "leave these layers out of adapter.target_modules, or report the architecture",
     )
+
+
+def _layers_with(model: nn.Module, parts: Sequence[str]) -> list[str]:
+    """The adapted layers that have one of these parts at least."""
+    adapted = adapted_layers(model).items()
+    return [name for name, layer in adapted if layer_tensors(layer, "default").keys() & set(parts)]
 
 
 def _gradient_rows(table: TokenTable) -> list[int]:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from qlora_train.artifacts import write_file, write_json
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+
+from qlora_train.artifacts import RunDir, append_json_line, write_file, write_json
 from qlora_train.data.account import account_for, write_account
-from qlora_train.environment import environment
+from qlora_train.errors import UserError
 from qlora_train.model.table import dtype_table
+from qlora_train.printable import without_secrets
 from qlora_train.recipe.load import LoadedRecipe, resolved_yaml
 from qlora_train.train.selfcheck import SelfCheck
 from qlora_train.train.setup import Prepared
@@ -15,7 +21,7 @@ def write_facts(loaded: LoadedRecipe, prepared: Prepared, checked: SelfCheck) ->
     """What the run is made of, before it starts."""
     run_dir = prepared.job.run_dir
     write_file(run_dir.recipe, resolved_yaml(loaded).encode())
-    write_json(run_dir.environment, environment())
+    write_json(run_dir.environment, prepared.job.environment)
     inputs, recipe = prepared.inputs, prepared.job.recipe
     if template := inputs.tokenizer.chat_template:
         write_file(run_dir.chat_template, str(template).encode())
@@ -58,3 +64,20 @@ def describe(prepared: Prepared) -> None:
         f"{len(facts.modules)} layers; {adapter_mib:,.0f} MiB with gradient and AdamW moments, "
         f"full fine-tuning {full_mib:,.0f} MiB"
     )
+
+
+@contextlib.contextmanager
+def errors_recorded(run_dir: RunDir) -> Iterator[None]:
+    """Keep a copy of an error that ends the block as a line of `errors.jsonl`: what a machine may read of it."""
+    try:
+        yield
+    except UserError as error:
+        problems = [
+            {name: text and without_secrets(text) for name, text in asdict(problem).items()}
+            for problem in error.problems
+        ]
+        when = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        entry = {"time": when, "kind": error.kind, "exit_code": error.exit_code, "problems": problems}
+        with contextlib.suppress(UserError):  # where even this cannot be written, the first error is the one to show
+            append_json_line(run_dir.errors, entry)
+        raise

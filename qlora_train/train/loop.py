@@ -3,63 +3,40 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from functools import partial
 
-import torch
-from accelerate import Accelerator
-from peft import PeftModel
-
-from qlora_train.artifacts import RunDir
 from qlora_train.data.loader import Loader, eval_batches
 from qlora_train.data.table import TokenTable
-from qlora_train.errors import Interrupted, ResumeError
+from qlora_train.errors import Interrupted, NumericsError, ResumeError
 from qlora_train.evaluate.validation import Validation, validate
-from qlora_train.model.causal import CausalModel
-from qlora_train.recipe.schema import Recipe
 from qlora_train.train.checkpoint import Checkpoint, list_steps, retire_old, save_checkpoint, when_there_is_room
+from qlora_train.train.flight import FlightRecorder, trained_values_are_finite
+from qlora_train.train.job import Job
 from qlora_train.train.memory import MemoryLog
-from qlora_train.train.metrics import Metrics, Progress, Reporter
-from qlora_train.train.optim import lr_factor
+from qlora_train.train.metrics import Metrics, Progress
+from qlora_train.train.optim import lr_factor, optimizer_figures
 from qlora_train.train.signals import StopRequest
-from qlora_train.train.state import Binding, TrainState
-from qlora_train.train.step import HALF_UPDATED, train_step
+from qlora_train.train.state import TrainState
+from qlora_train.train.step import HALF_UPDATED, StepResult, train_step
+from qlora_train.train.watch import WINDOW, spike_limit
+
+ROWS_NAMED = 4  # of a step, in a warning
 
 
-@dataclass(frozen=True)
-class Job:
-    """What the loop works on; built by `train.setup`, never changed."""
-
-    recipe: Recipe
-    run_dir: RunDir
-    causal: CausalModel
-    model: PeftModel
-    optimizer: torch.optim.Optimizer
-    accelerator: Accelerator
-    loader: Loader
-    eval_table: TokenTable | None
-    pad_token_id: int
-    binding: Binding
-    reporter: Reporter
-
-    @property
-    def num_steps(self) -> int:
-        """Optimiser steps of the whole run."""
-        return self.loader.num_steps(self.recipe.train.epochs, self.recipe.train.max_steps)
-
-
-def run_loop(job: Job, state: TrainState, metrics: Metrics, stop: StopRequest, memory: MemoryLog) -> Validation | None:
+def run_loop(
+    job: Job, state: TrainState, metrics: Metrics, stop: StopRequest, memory: MemoryLog, *, command: str
+) -> Validation | None:
     """Train from `state.step` to the end; `state` is brought forward in place. Returns the held-out loss at the end.
 
-    Raises NumericsError before an update that is not finite, Interrupted after saving when a signal asked to stop,
-    OutOfMemory after saving what was trained, and ResumeError when the data's order is not the one in which the rows so
-    far came.
+    `command` is what started the run, for messages that say how to come to a step again. Raises NumericsError before an
+    update that is not finite, Interrupted after saving when a signal asked to stop, OutOfMemory after saving what was
+    trained, and ResumeError when the data's order is not the one in which the rows so far came.
     """
-    _check_position(job.loader, state)
-    train, seed = job.recipe.train, job.recipe.run.seed
-    num_steps = job.num_steps
+    check_position(job.loader, state)
+    train, num_steps = job.recipe.train, job.num_steps
     validation: Validation | None = None
     rescue = partial(_save_what_was_trained, job, state, metrics)
+    recorder = FlightRecorder(job, command)
     job.model.train()
     if state.evaluation_due:
         validation = _evaluate(job, state, metrics, memory, stop)
@@ -69,48 +46,28 @@ def run_loop(job: Job, state: TrainState, metrics: Metrics, stop: StopRequest, m
     for step in range(state.step, num_steps):
         started = time.perf_counter()
         learning_rate = train.learning_rate * lr_factor(step, num_steps, train.warmup_frac, train.schedule)
-        with memory.during("training", f"at step {step + 1} of {num_steps}", rescue):
+        where = f"at step {step + 1} of {num_steps}"
+        with memory.during("training", where, rescue), recorder.recording(state.step, learning_rate, rescue):
             result = train_step(
                 job.causal,
                 job.loader.step(step),
                 job.optimizer,
                 job.accelerator,
-                seed=seed,
+                seed=job.recipe.run.seed,
                 step=step,
                 learning_rate=learning_rate,
                 max_grad_norm=train.max_grad_norm,
+                hooks=job.hooks,
             )
+        dead = recorder.note(step, result, learning_rate)
         step_s = time.perf_counter() - started
-        state.step = step + 1
-        state.train_s += step_s
-        state.num_rows += result.num_rows
-        state.num_tokens += result.num_tokens
-        state.num_supervised_tokens += result.num_supervised_tokens
-        progress = Progress(
-            step=state.step,
-            num_steps=num_steps,
-            loss=result.loss,
-            grad_norm=result.grad_norm,
-            learning_rate=learning_rate,
-            supervised_tokens_per_s=result.num_supervised_tokens / step_s,
-            tokens_per_s=result.num_tokens / step_s,
-            eta_s=state.train_s / state.step * (num_steps - state.step),
-            memory_gib=memory.peak_bytes / 2**30,
-        )
+        state.count(result.num_rows, result.num_tokens, result.num_supervised_tokens, step_s)
+        progress = Progress.of(state, num_steps, result, learning_rate, step_s, memory.peak_bytes)
         job.reporter.step(progress)
+        if state.step == num_steps or state.step % job.recipe.run.log_every == 0:
+            _log(job, metrics, result, progress, step_s)
+        _tell(job, state, metrics, result, dead)
         is_last = state.step == num_steps
-        if is_last or state.step % job.recipe.run.log_every == 0:
-            metrics.write(
-                "train",
-                state.step,
-                loss=result.loss,
-                grad_norm=result.grad_norm,
-                learning_rate=learning_rate,
-                num_tokens=result.num_tokens,
-                num_supervised_tokens=result.num_supervised_tokens,
-                step_s=step_s,
-                peak_memory_gib=progress.memory_gib,
-            )
         state.evaluation_due = job.eval_table is not None and (is_last or _due(state.step, job.recipe.eval.every))
         if state.evaluation_due:
             validation = _evaluate(job, state, metrics, memory, stop)
@@ -128,15 +85,60 @@ def run_loop(job: Job, state: TrainState, metrics: Metrics, stop: StopRequest, m
     return validation
 
 
+def _log(job: Job, metrics: Metrics, result: StepResult, progress: Progress, step_s: float) -> None:
+    """The line of a step in metrics.jsonl, with what the optimiser's groups and the method add to it."""
+    extra = {} if result.extra_loss is None else {"extra_loss": result.extra_loss}
+    metrics.write(
+        "train",
+        progress.step,
+        loss=result.loss,
+        grad_norm=result.grad_norm,
+        learning_rate=progress.learning_rate,
+        num_tokens=result.num_tokens,
+        num_supervised_tokens=result.num_supervised_tokens,
+        step_s=step_s,
+        peak_memory_gib=progress.memory_gib,
+        **optimizer_figures(job.optimizer),
+        **extra,
+        **job.hooks.figures(),
+    )
+
+
+def _tell(job: Job, state: TrainState, metrics: Metrics, result: StepResult, dead: list[str]) -> None:
+    """Warn of what a run should not do, and log it: a loss that leaps, adapters that do not learn."""
+    for text in dead:
+        metrics.event(state.step, "dead adapter", text=text)
+        job.reporter.warning(f"step {state.step}: {text}")
+    limit = spike_limit(state.recent_losses)
+    state.recent_losses = [*state.recent_losses, result.loss][-WINDOW:]
+    if limit is None or result.loss <= limit:
+        return
+    rows = [job.table.where(row) for batch in job.loader.step(state.step - 1) for row in batch.row_ids]
+    metrics.event(state.step, "loss spike", loss=result.loss, limit=limit, grad_norm=result.grad_norm, rows=rows)
+    named = ", ".join(rows[:ROWS_NAMED]) + (f" and {len(rows) - ROWS_NAMED} more" if len(rows) > ROWS_NAMED else "")
+    job.reporter.warning(
+        f"step {state.step}: the loss leaps to {result.loss:.4g}; the steps before let expect at most {limit:.4g}. "
+        f"The step was taken as ever; rows {named}"
+    )
+
+
 def _evaluate(job: Job, state: TrainState, metrics: Metrics, memory: MemoryLog, stop: StopRequest) -> Validation | None:
-    """The held-out loss after `state.step`, logged; the state knows if it is the best so far. None: still due."""
+    """The held-out loss after `state.step`, logged; the state knows if it is the best so far. None: still due.
+
+    NumericsError where it is not finite: the step is saved by then.
+    """
     assert job.eval_table is not None
+    rescue = partial(_save_what_was_trained, job, state, metrics)
     where = f"in the evaluation after step {state.step} of {job.num_steps}"
     try:
-        with memory.during("evaluation", where, partial(_save_what_was_trained, job, state, metrics)):
+        with memory.during("evaluation", where, rescue):
             validation = evaluate_now(job, job.eval_table, stop)
     except Interrupted:
         return None
+    except NumericsError as error:
+        what = f"after step {state.step}, {error.problems[0].what}"
+        fix = f"lower train.learning_rate, or look at the held-out rows; {rescue(error)}"
+        raise NumericsError(what, fix=fix) from error
     state.evaluation_due = False
     metrics.write("eval", state.step, eval_loss=validation.loss, num_eval_tokens=validation.num_supervised_tokens)
     job.reporter.evaluation(state.step, validation.loss)
@@ -149,7 +151,7 @@ def _save(job: Job, state: TrainState, metrics: Metrics) -> Checkpoint:
     """A checkpoint of the state, with the order of the rows that come next, and before it the log of its steps."""
     metrics.sync()
     state.plan_sha256 = job.loader.plan_digest(state.step)
-    return save_checkpoint(job.run_dir, state, job.model, job.optimizer, job.binding)
+    return save_checkpoint(job.run_dir, state, job.model, job.optimizer, job.binding, job.hooks, job.environment)
 
 
 def _save_what_was_trained(job: Job, state: TrainState, metrics: Metrics, error: BaseException) -> str:
@@ -160,7 +162,10 @@ def _save_what_was_trained(job: Job, state: TrainState, metrics: Metrics, error:
     failed = ""
     if is_whole and state.step not in there:
         try:
-            there[state.step] = _save(job, state, metrics).folder
+            if trained_values_are_finite(job.model):
+                there[state.step] = _save(job, state, metrics).folder
+            else:
+                failed = f"step {state.step} is not saved, its trained values are not finite; "
         except Exception as second:  # the first error is the one to show
             failed = f"step {state.step} could not be saved ({second}); "
     if there:
@@ -168,7 +173,7 @@ def _save_what_was_trained(job: Job, state: TrainState, metrics: Metrics, error:
     return f"{failed}no step was trained yet that could be saved: start again"
 
 
-def _check_position(loader: Loader, state: TrainState) -> None:
+def check_position(loader: Loader, state: TrainState) -> None:
     """The next rows are exactly those that would have come."""
     if state.step == 0:
         return

@@ -47,9 +47,9 @@ from qlora_train.model.load import resolve_device
 from qlora_train.model.skeleton import load_config
 from qlora_train.model.source import resolve_source
 from qlora_train.recipe.schema import Recipe
+from qlora_train.train.keys import is_neutral
 from qlora_train.train.metrics import Reporter, peak_memory_bytes
 from qlora_train.train.speed import Speed
-from qlora_train.train.state import NEUTRAL_KEYS
 
 PhaseName = Literal["training", "evaluation", "generation"]
 PHASES: tuple[PhaseName, ...] = ("training", "evaluation", "generation")
@@ -274,7 +274,7 @@ class MemoryLog:
                 self.plan = self._planned(load_config(resolve_source(self._recipe.model, weights=False)))
             if self.plan is not None:
                 planned = self.plan.peak_bytes("training" if phase not in self.phases else self.phases[phase].name)
-                options += options_of(self.plan, self._exhaustion, self._limit_bytes, NEUTRAL_KEYS.__contains__)
+                options += options_of(self.plan, self._exhaustion, self._limit_bytes, is_neutral)
             self.write()
         except Exception as error:  # there is little memory to work out advice in
             self._reporter.warning(f"no more advice could be worked out: {first_line(error)}")

@@ -7,7 +7,7 @@ import math
 import os
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,8 @@ from typing import Any, Protocol
 import torch
 
 from qlora_train.artifacts import write_file
+from qlora_train.train.state import TrainState
+from qlora_train.train.step import StepResult
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,29 @@ class Progress:
     tokens_per_s: float
     eta_s: float
     memory_gib: float
+
+    @classmethod
+    def of(
+        cls,
+        state: TrainState,
+        num_steps: int,
+        result: StepResult,
+        learning_rate: float,
+        step_s: float,
+        peak_bytes: int,
+    ) -> Progress:
+        """The step that brought a run to `state`."""
+        return cls(
+            step=state.step,
+            num_steps=num_steps,
+            loss=result.loss,
+            grad_norm=result.grad_norm,
+            learning_rate=learning_rate,
+            supervised_tokens_per_s=result.num_supervised_tokens / step_s,
+            tokens_per_s=result.num_tokens / step_s,
+            eta_s=state.train_s / state.step * (num_steps - state.step),
+            memory_gib=peak_bytes / 2**30,
+        )
 
 
 class Reporter(Protocol):
@@ -81,6 +106,12 @@ def _kind_and_step(line: bytes) -> tuple[str, float]:
         return "", math.inf
 
 
+def last_logged_step(path: Path) -> int:
+    """The last step that a metrics.jsonl holds a line of; 0 where there is none."""
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    return int(max((step for _, step in map(_kind_and_step, lines) if step < math.inf), default=0))
+
+
 class Metrics:
     """Appends JSON lines. A line of a step is written once: a resume first drops those that will be written again.
 
@@ -118,7 +149,16 @@ class Metrics:
             self._num_bytes = len(kept)
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        """One line."""
+        """One line, for the follower too."""
+        self._append(kind, step, values)
+        if self._follower is not None:
+            self._follower.log(kind, step, values, again=step <= self._last_step)
+
+    def event(self, step: int, what: str, **values: Any) -> None:
+        """A line of kind `event`: something that a step should not do, in words and figures."""
+        self._append("event", step, {"what": what, **values})
+
+    def _append(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         self._unwritten += (json.dumps({"kind": kind, "step": step, **values}) + "\n").encode()
         try:
             with self._path.open("ab") as file:
@@ -134,8 +174,6 @@ class Metrics:
         else:
             self._num_bytes += len(self._unwritten)
             self._unwritten, self.failed = b"", None
-        if self._follower is not None:
-            self._follower.log(kind, step, values, again=step <= self._last_step)
 
     def sync(self) -> None:
         """Put the lines on disk: a checkpoint that outlives a power cut has all of its steps logged."""

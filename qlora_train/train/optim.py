@@ -1,4 +1,4 @@
-"""AdamW over the adapter, by name, with its state; and learning rates as a closed form of the step."""
+"""AdamW over the adapter, by name, with its state and its method's rule; and learning rates, a function of the step."""
 
 from __future__ import annotations
 
@@ -10,9 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlora_train.adapters.gradrules import LoraProAdamW, LoraProRule, Pair
+from qlora_train.adapters.groups import Group, loraplus_groups, one_group
+from qlora_train.adapters.layers import lora_layers
 from qlora_train.errors import MachineError, ResumeError
 from qlora_train.quant.moments import PAGED, build_bnb_adamw
-from qlora_train.recipe.schema import TrainSection
+from qlora_train.recipe.methods import METHODS
+from qlora_train.recipe.schema import AdapterSection, TrainSection
 
 TABLES = ("qmap1", "qmap2")  # what bitsandbytes' 8-bit codes stand for, shared by all parameters
 
@@ -49,33 +53,98 @@ def check_optimizer(section: TrainSection, device: torch.device) -> None:
         )
 
 
-def build_optimizer(model: nn.Module, section: TrainSection) -> torch.optim.Optimizer:
-    """The optimiser named in the recipe, on the device where the adapter lies.
+def build_optimizer(
+    model: nn.Module, section: TrainSection, adapter: AdapterSection | None = None
+) -> torch.optim.Optimizer:
+    """The optimiser named in the recipe, on the device where the adapter lies, with the rule of the adapter's method.
 
     torch's AdamW has float32 moments. On CUDA it is fused: one kernel for all. On a CPU it is `foreach`, equal to the
     plain loop to the bit, which `fused` is not. bitsandbytes' run one kernel per parameter on CUDA, and plain torch
-    operations on a CPU. Raises MachineError as `check_optimizer` does.
+    operations on a CPU. LoRA+ gives groups of their own rates, LoRA-Pro rewrites the gradients before each update.
+    Raises MachineError as `check_optimizer` does.
     """
-    parameters = list(trainable_parameters(model).values())
-    device = parameters[0].device
+    parameters = trainable_parameters(model)
+    device = next(iter(parameters.values())).device
     check_optimizer(section, device)
+    rule = METHODS[adapter.method].rule if adapter else ""
     betas = (section.adam_beta1, section.adam_beta2)
+    if adapter and rule == "lora_pro" and adapter.rule_mode == "full":
+        rate, decay = section.learning_rate, section.weight_decay
+        return LoraProAdamW(_pairs(model), lr=rate, betas=betas, weight_decay=decay)
+    groups = [_as_torch(group, section) for group in parameter_groups(model, adapter)]
+    optimizer: torch.optim.Optimizer
     if section.optimizer != "adamw":
-        return build_bnb_adamw(
+        optimizer = build_bnb_adamw(
             section.optimizer,
-            parameters,
+            groups,
             learning_rate=section.learning_rate,
             betas=betas,
             weight_decay=section.weight_decay,
         )
-    return torch.optim.AdamW(
-        parameters,
-        lr=section.learning_rate,
-        betas=betas,
-        weight_decay=section.weight_decay,
-        foreach=device.type != "cuda",
-        fused=device.type == "cuda",
-    )
+    else:
+        optimizer = torch.optim.AdamW(
+            groups,
+            lr=section.learning_rate,
+            betas=betas,
+            weight_decay=section.weight_decay,
+            foreach=device.type != "cuda",
+            fused=device.type == "cuda",
+        )
+    if rule == "lora_pro":
+        optimizer.rule = LoraProRule(_pairs(model))  # type: ignore[attr-defined]
+        optimizer.register_step_pre_hook(optimizer.rule)  # type: ignore[attr-defined]
+    return optimizer
+
+
+def parameter_groups(model: nn.Module, adapter: AdapterSection | None = None) -> list[Group]:
+    """Every trainable parameter in exactly one group, by the rule of the adapter's method."""
+    parameters = trainable_parameters(model)
+    if adapter is None or METHODS[adapter.method].rule != "loraplus":
+        return one_group(parameters)
+    return loraplus_groups(parameters, adapter.lr_ratio)
+
+
+def _as_torch(group: Group, section: TrainSection) -> dict[str, Any]:
+    decay = section.weight_decay if group.decays else 0.0
+    rate = section.learning_rate * group.lr_ratio
+    return {
+        "params": list(group.parameters),
+        "name": group.name,
+        "lr_ratio": group.lr_ratio,
+        "lr": rate,
+        "weight_decay": decay,
+    }
+
+
+def _pairs(model: nn.Module) -> list[Pair]:
+    """A and B of every adapted layer."""
+    layers = lora_layers(model).values()
+    adapters = [(layer, layer.active_adapters[0]) for layer in layers]
+    return [Pair(one.lora_A[name].weight, one.lora_B[name].weight, one.scaling[name]) for one, name in adapters]
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """The rate of the coming step; each group gets its own multiple of it."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group.get("lr_ratio", 1.0)
+
+
+def optimizer_figures(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What shows the method's rule at work in the log of a step: the rates of groups, the norm of rewritten gradients.
+
+    Empty for plain AdamW.
+    """
+    figures: dict[str, Any] = {}
+    if rates := learning_rates(optimizer):
+        figures["learning_rates"] = rates
+    rule = optimizer if isinstance(optimizer, LoraProAdamW) else getattr(optimizer, "rule", None)
+    return figures if rule is None else {**figures, "rule_norm": rule.rule_norm}
+
+
+def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """The rate of each group by name, where there are several; empty for one."""
+    groups = optimizer.param_groups
+    return {group["name"]: group["lr"] for group in groups} if len(groups) > 1 else {}
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -98,15 +167,15 @@ def with_all_moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iter
 
     Paged moments, which bitsandbytes never frees, are left as they are.
     """
-    parameters = enumerate(trainable_parameters(model).values())
     paged = getattr(optimizer, "is_paged", False)
-    new = [] if paged else [(index, p) for index, p in parameters if not optimizer.state.get(p)]
+    places = {} if paged else _places(optimizer)
+    new = [p for p in trainable_parameters(model).values() if p in places and not optimizer.state.get(p)]
     try:
-        for index, parameter in new:
-            _new_state(optimizer, index, parameter)
+        for parameter in new:
+            _new_state(optimizer, places[parameter], parameter)
         yield
     finally:
-        for _, parameter in new:
+        for parameter in new:
             optimizer.state.pop(parameter, None)
 
 
@@ -117,11 +186,11 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensor
     forgets. Raises ResumeError unless every name, shape and dtype agrees, and the tables of 8-bit codes to the bit.
     """
     optimizer.state.clear()
-    with_state = {name.partition("/")[2] for name in tensors}
+    with_state, places = {name.partition("/")[2] for name in tensors}, _places(optimizer)
     states = {
-        name: _new_state(optimizer, index, parameter)
-        for index, (name, parameter) in enumerate(trainable_parameters(model).items())
-        if name in with_state
+        name: _new_state(optimizer, places[parameter], parameter)
+        for name, parameter in trainable_parameters(model).items()
+        if name in with_state and parameter in places
     }
     expected = {_tensor_name(key, name): value for name, state in states.items() for key, value in state.items()}
     if expected.keys() != tensors.keys():
@@ -140,9 +209,19 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensor
                 state[key] = int(tensors[_tensor_name(key, name)])
 
 
-def _new_state(optimizer: Any, index: int, parameter: nn.Parameter) -> dict[str, Any]:
-    """The state that the optimiser gives the parameter of this index before its first step, put in place."""
-    group = optimizer.param_groups[0]
+def _places(optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, tuple[int, int]]:
+    """Where each parameter that gets a state stands: its group, and its place in the group."""
+    if isinstance(optimizer, LoraProAdamW):
+        return {pair.lora_B: (0, 2 * index + 1) for index, pair in enumerate(optimizer.pairs)}
+    groups = enumerate(optimizer.param_groups)
+    return {p: (index, place) for index, group in groups for place, p in enumerate(group["params"])}
+
+
+def _new_state(optimizer: Any, place: tuple[int, int], parameter: nn.Parameter) -> dict[str, Any]:
+    """The state that the optimiser gives the parameter of this place before its first step, put in place."""
+    group = optimizer.param_groups[place[0]]
+    if isinstance(optimizer, LoraProAdamW):
+        return optimizer.new_state(parameter)
     if isinstance(optimizer, torch.optim.AdamW):
         optimizer.state[parameter] = {
             "step": torch.zeros((), device=parameter.device if group["fused"] else "cpu"),
@@ -150,8 +229,9 @@ def _new_state(optimizer: Any, index: int, parameter: nn.Parameter) -> dict[str,
             "exp_avg_sq": torch.zeros_like(parameter),
         }
     else:
-        optimizer.init_state(group, parameter, 0, index)
-    return optimizer.state[parameter]
+        optimizer.init_state(group, parameter, *place)
+    state: dict[str, Any] = optimizer.state[parameter]
+    return state
 
 
 def _tensor_name(key: str, parameter: str) -> str:

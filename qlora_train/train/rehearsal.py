@@ -29,7 +29,7 @@ from qlora_train.memory.meta import base_tensors
 from qlora_train.memory.trace import ADAPTER, DEQUANTISED, GRADIENTS, OPTIMISER, QUANTISED, RESIDENT, UNQUANTISED
 from qlora_train.model.checkpointing import decoder_layers
 from qlora_train.train.checkpoint import write_checkpoint
-from qlora_train.train.loop import Job
+from qlora_train.train.job import Job
 from qlora_train.train.memory import Batches, MemoryLog, PhaseName
 from qlora_train.train.optim import trainable_parameters, with_all_moments
 from qlora_train.train.setup import Prepared
@@ -80,7 +80,7 @@ def rehearse(
         "disk_free": shutil.disk_usage(job.run_dir.root).free,
         "host_free": host_free_bytes() + psutil.Process().memory_info().rss,
     }
-    _look_ahead(job.run_dir, memory)
+    _look_ahead(memory)
 
 
 def rehearse_micro_batch(job: Job, batch: MicroBatch, live: LiveBytes | None = None) -> None:
@@ -116,7 +116,7 @@ def rehearse_saving(run_dir: RunDir, job: Job, state: TrainState) -> tuple[int, 
         explained(run_dir.checkpoints),
         tempfile.TemporaryDirectory(prefix=f"{TEMPORARY_PREFIX}rehearsal-", dir=run_dir.root) as name,
     ):
-        write_checkpoint(Path(name), run_dir, state, job.model, job.optimizer)
+        write_checkpoint(Path(name), run_dir, state, job.model, job.optimizer, job.hooks)
         num_bytes = 0
         for path in Path(name).iterdir():
             num_bytes += path.stat().st_size
@@ -172,17 +172,10 @@ def _hold_what_stays(prepared: Prepared, live: LiveBytes) -> None:
             live.hold(one.workspace.buffers, DEQUANTISED)
 
 
-def _look_ahead(run_dir: RunDir, memory: MemoryLog) -> None:
-    """Warn, with figures, where the checkpoints or the export will not find room."""
+def _look_ahead(memory: MemoryLog) -> None:
+    """Warn, with figures, where the export will not find memory."""
     if memory.plan is None or memory.rehearsal is None:
         return
-    written = sum(path.stat().st_size for path in run_dir.root.rglob("*") if path.is_file())
-    disk, disk_free = memory.plan.peak_bytes("disk"), memory.rehearsal["disk_free"] + written
-    if disk > disk_free:
-        memory.warn(
-            f"checkpoints, adapter and merged export will take {size_text(disk)} of disk, and {size_text(disk_free)} "
-            f"are free for them at {run_dir.root}: lower train.keep, or export to another disk"
-        )
     host, host_free = memory.plan.peak_bytes("export"), memory.rehearsal["host_free"]
     if host > host_free:
         memory.warn(
@@ -193,4 +186,5 @@ def _look_ahead(run_dir: RunDir, memory: MemoryLog) -> None:
 
 def _shape(batch: MicroBatch) -> str:
     num_lines, num_tokens = batch.input_ids.shape
-    return f"{num_lines} {'rows' if batch.row_starts is None else 'packs'} x {num_tokens:,} tokens"
+    what = "row" if batch.row_starts is None else "pack"
+    return f"{num_lines} {what if num_lines == 1 else f'{what}s'} x {num_tokens:,} tokens"

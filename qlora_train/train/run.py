@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,40 +13,28 @@ from typing import Any
 import torch
 
 from qlora_train.adapters.state import save_adapter
-from qlora_train.artifacts import (
-    MANIFEST,
-    RunDir,
-    is_leftover,
-    locked,
-    publishing,
-    read_json,
-    sweep,
-    write_json,
-)
+from qlora_train.artifacts import MANIFEST, RunDir, is_leftover, locked, publishing, read_json, sweep, write_json
 from qlora_train.errors import RecipeError, ResumeError
 from qlora_train.evaluate.sides import SideScores
+from qlora_train.evaluate.validation import Validation
 from qlora_train.quant.fingerprint import print_base
-from qlora_train.recipe.load import LoadedRecipe
+from qlora_train.recipe.load import COMMAND_LINE, LoadedRecipe, recipe_as_dict
 from qlora_train.recipe.schema import Recipe
-from qlora_train.train.checkpoint import (
-    Checkpoint,
-    find_checkpoint,
-    list_steps,
-    restore_checkpoint,
-    retire_newer,
-    stored_binding,
-)
-from qlora_train.train.facts import describe, write_facts
+from qlora_train.train.checkpoint import list_steps
+from qlora_train.train.facts import describe, errors_recorded, write_facts
+from qlora_train.train.fork import check_allowed, recipe_changes, refuse_changes
+from qlora_train.train.keys import trajectory_keys
 from qlora_train.train.loop import run_loop
 from qlora_train.train.memory import MemoryLog
-from qlora_train.train.metrics import Metrics, Reporter
+from qlora_train.train.metrics import Metrics, Reporter, last_logged_step
 from qlora_train.train.rehearsal import largest_batches, rehearse
-from qlora_train.train.scores import Scorer, forget_lost_best
+from qlora_train.train.resume import Resume, find_resume, go_on
+from qlora_train.train.scores import Scorer
 from qlora_train.train.selfcheck import SelfCheck, selfcheck
 from qlora_train.train.setup import Prepared, prepare
-from qlora_train.train.signals import stop_requests
+from qlora_train.train.signals import StopRequest, stop_requests
 from qlora_train.train.speed import split_as_stored
-from qlora_train.train.state import TrainState, trajectory_keys
+from qlora_train.train.state import TrainState
 from qlora_train.train.trackers import tracking
 
 
@@ -78,113 +68,176 @@ class TrainResult:
         return cls(**{**data, **sides, "run_dir": run_dir})
 
 
-def run_training(loaded: LoadedRecipe, *, resume: bool, from_step: int | None, reporter: Reporter) -> TrainResult:
+def run_training(
+    loaded: LoadedRecipe,
+    *,
+    resume: bool,
+    from_step: int | None,
+    allow_change: Sequence[str] = (),
+    reporter: Reporter,
+) -> TrainResult:
     """Train a recipe from start to end; see `api.train` for what it raises."""
     recipe, run_dir, started = loaded.recipe, RunDir(loaded.recipe.run.dir), time.perf_counter()
+    allowed = check_allowed(allow_change, recipe)
     if recipe.run.threads is not None:
         torch.set_num_threads(recipe.run.threads)
     if not resume:
         refuse_used(run_dir)
-    elif from_step is None and run_dir.summary.is_file():
-        _refuse_other_recipe(run_dir, recipe)
+    elif (done := _already_complete(run_dir, loaded, from_step, allowed)) is not None:
         reporter.message(f"{run_dir.root} is already complete; nothing was done")
-        return TrainResult.from_dict(run_dir.root, read_json(run_dir.summary))
-    elif not run_dir.root.is_dir():
-        raise ResumeError(f"{run_dir.root} does not exist: there is nothing to resume", fix="start without --resume")
+        return done
     memory = MemoryLog(recipe, run_dir, reporter)
-    with locked(run_dir), stop_requests() as stop:
+    with locked(run_dir), stop_requests() as stop, errors_recorded(run_dir):
         if not resume:
             refuse_used(run_dir)  # once more: another process may have made a run there until we had the lock
         sweep(run_dir.root)
         sweep(run_dir.checkpoints)
-        checkpoint = _checkpoint_to_resume(run_dir, from_step, reporter) if resume else None
-        bound = stored_binding(checkpoint).get("recipe", {}) if checkpoint else None
-        with memory.during("loading", "while data and model were loaded, before the first step"):
-            prepared = prepare(recipe, run_dir, reporter, bound=bound)
+        going_on = find_resume(run_dir, loaded, from_step, allowed, reporter) if resume else None
+        prepared = _load(recipe, run_dir, reporter, going_on, memory)
         stop.check()
-        job, state = prepared.job, TrainState()
         scorer = Scorer(prepared, memory)
-        if checkpoint is not None:
-            state = restore_checkpoint(checkpoint, job.model, job.optimizer, job.binding)
-            run_dir.summary.unlink(missing_ok=True)
-            retire_newer(run_dir, state.step)
-            forget_lost_best(run_dir, state, reporter)
-            scorer.forget_other_best(state)
-            reporter.message(f"resumed from {checkpoint.folder.name}")
-        with memory.during("checking", "in the selfcheck before the first step"):
-            checked = _selfcheck(prepared)
-        write_facts(loaded, prepared, checked)
-        describe(prepared)
-        batches = largest_batches(job)
-        longest_row = int(prepared.inputs.train.table.lengths.max())
-        memory.settle(job.recipe, prepared.inputs.config, prepared.speed, longest_row, batches)
-        rehearse(prepared, batches, scorer.questions, state, memory)
-        for line in memory.summary():
-            reporter.message(line)
-        memory.compare()
-        memory.write()
+        state = go_on(going_on, prepared, loaded, scorer) if going_on else TrainState()
+        _check_and_rehearse(loaded, prepared, scorer, state, memory)
         stop.check()
-        base_scores = scorer.base(resumed=checkpoint is not None)
+        base = scorer.base(resumed=resume)
         stop.check()
-        with tracking(recipe, run_dir, reporter, resumed=checkpoint is not None, step=state.step) as trackers:
-            if base_scores is not None and checkpoint is None:
-                trackers.log("eval", 0, {"eval_loss": base_scores.loss})
-            metrics = Metrics(
-                run_dir.metrics,
-                after_step=state.step,
-                evaluation_due=state.evaluation_due,
-                follower=trackers,
-                warn=reporter.warning,
-            )
-            with stop.waiting():
-                validation = run_loop(job, state, metrics, stop, memory)
-        if metrics.failed:
-            reporter.warning(f"metrics are incomplete: {metrics.failed}")
-        if print_base(job.model).digest != prepared.base.print.digest:
-            raise AssertionError("the frozen base changed during training")
-        adapter_scores = scorer.adapter(state, validation)
-        bound = {"step": state.best_step or state.step, **job.binding.as_dict()}
-        with publishing(run_dir.adapter, manifest=bound, replace=True) as folder:
-            save_adapter(job.model, folder)
-        memory.compare()
-        memory.write()
-        result = TrainResult(
-            run_dir=run_dir.root,
-            num_steps=state.step,
-            best_step=state.best_step,
-            base=base_scores,
-            adapter=adapter_scores,
-            num_trainable=prepared.facts.num_trainable,
-            trainable_frac=prepared.facts.trainable_frac,
-            num_supervised_tokens=state.num_supervised_tokens,
-            supervised_tokens_per_s=state.num_supervised_tokens / max(state.train_s, 1e-9),
-            tokens_per_s=state.num_tokens / max(state.train_s, 1e-9),
-            peak_memory_bytes=memory.peak_bytes,
-            planned_memory_bytes=memory.phases["training"].planned,
-            measured_memory_bytes=memory.phases["training"].measured,
-            wall_s=time.perf_counter() - started,
-        )
+        validation = _train(loaded, prepared, state, base, stop, memory, resumed=resume)
+        adapter = scorer.adapter(state, validation)
+        _publish(prepared, state, memory)
+        result = _result(prepared, state, memory, base, adapter, time.perf_counter() - started)
         write_json(run_dir.summary, result.as_dict())
         return result
+
+
+def _load(recipe: Recipe, run_dir: RunDir, reporter: Reporter, going_on: Resume | None, memory: MemoryLog) -> Prepared:
+    """Data, base and adapter."""
+    with memory.during("loading", "while data and model were loaded, before the first step"):
+        if going_on is None:
+            return prepare(recipe, run_dir, reporter)
+        bound, folder = going_on.binding.get("recipe", {}), going_on.checkpoint.folder
+        return prepare(recipe, run_dir, reporter, bound=bound, checkpoint=folder)
+
+
+def _check_and_rehearse(
+    loaded: LoadedRecipe, prepared: Prepared, scorer: Scorer, state: TrainState, memory: MemoryLog
+) -> None:
+    """Before the first step: rows do not see each other, the facts are written, the largest of everything fits."""
+    job = prepared.job
+    with memory.during("checking", "in the selfcheck before the first step"):
+        checked = _selfcheck(prepared)
+    write_facts(loaded, prepared, checked)
+    describe(prepared)
+    batches = largest_batches(job)
+    memory.settle(job.recipe, prepared.inputs.config, prepared.speed, int(job.table.lengths.max()), batches)
+    rehearse(prepared, batches, scorer.questions, state, memory)
+    for line in memory.summary():
+        job.reporter.message(line)
+    memory.compare()
+    memory.write()
 
 
 def _selfcheck(prepared: Prepared) -> SelfCheck:
     """Rows together are what they are alone; ModelError where they are not."""
     job, packed = prepared.job, prepared.job.recipe.data.batching == "packed"
-    table, device = prepared.inputs.train.table, job.accelerator.device
-    checked = selfcheck(job.causal, table, job.pad_token_id, device, packed=packed)
+    checked = selfcheck(job.causal, job.table, job.pad_token_id, job.accelerator.device, packed=packed)
     job.reporter.message(f"selfcheck: {checked.summary()}")
     return checked
+
+
+def _train(
+    loaded: LoadedRecipe,
+    prepared: Prepared,
+    state: TrainState,
+    base: SideScores | None,
+    stop: StopRequest,
+    memory: MemoryLog,
+    *,
+    resumed: bool,
+) -> Validation | None:
+    """The loop, with its log and its trackers. Afterwards the base has every byte that it had."""
+    job = prepared.job
+    run_dir, reporter = job.run_dir, job.reporter
+    with tracking(job.recipe, run_dir, reporter, resumed=resumed, step=state.step) as trackers:
+        if base is not None and not resumed:
+            trackers.log("eval", 0, {"eval_loss": base.loss})
+        metrics = Metrics(
+            run_dir.metrics,
+            after_step=state.step,
+            evaluation_due=state.evaluation_due,
+            follower=trackers,
+            warn=reporter.warning,
+        )
+        with stop.waiting():
+            validation = run_loop(job, state, metrics, stop, memory, command=command_of(loaded))
+    if metrics.failed:
+        reporter.warning(f"metrics are incomplete: {metrics.failed}")
+    if print_base(job.model).digest != prepared.base.print.digest:
+        raise AssertionError("the frozen base changed during training")
+    return validation
+
+
+def _publish(prepared: Prepared, state: TrainState, memory: MemoryLog) -> None:
+    """The adapter that eval, chat and export use, bound to what it was trained with."""
+    job = prepared.job
+    bound = {"step": state.best_step or state.step, **job.binding.as_dict()}
+    with publishing(job.run_dir.adapter, manifest=bound, replace=True) as folder:
+        save_adapter(job.model, folder)
+    memory.compare()
+    memory.write()
+
+
+def _result(
+    prepared: Prepared,
+    state: TrainState,
+    memory: MemoryLog,
+    base: SideScores | None,
+    adapter: SideScores | None,
+    wall_s: float,
+) -> TrainResult:
+    train_s = max(state.train_s, 1e-9)
+    return TrainResult(
+        run_dir=prepared.job.run_dir.root,
+        num_steps=state.step,
+        best_step=state.best_step,
+        base=base,
+        adapter=adapter,
+        num_trainable=prepared.facts.num_trainable,
+        trainable_frac=prepared.facts.trainable_frac,
+        num_supervised_tokens=state.num_supervised_tokens,
+        supervised_tokens_per_s=state.num_supervised_tokens / train_s,
+        tokens_per_s=state.num_tokens / train_s,
+        peak_memory_bytes=memory.peak_bytes,
+        planned_memory_bytes=memory.phases["training"].planned,
+        measured_memory_bytes=memory.phases["training"].measured,
+        wall_s=wall_s,
+    )
+
+
+def _already_complete(
+    run_dir: RunDir, loaded: LoadedRecipe, from_step: int | None, allowed: frozenset[str]
+) -> TrainResult | None:
+    """What came of a run that has ended, where there is nothing to go on with; ResumeError where there is no run.
+
+    OtherRun where the recipe is not the one that it was trained with.
+    """
+    if not run_dir.root.is_dir():
+        raise ResumeError(f"{run_dir.root} does not exist: there is nothing to resume", fix="start without --resume")
+    if from_step is not None or allowed or not run_dir.summary.is_file():
+        return None
+    stored = read_json(run_dir.adapter / MANIFEST)["recipe"]
+    now = trajectory_keys(split_as_stored(loaded.recipe, stored))
+    refuse_changes(recipe_changes(stored, now, loaded.origins), frozenset(), f"{run_dir.root}, which has ended")
+    return TrainResult.from_dict(run_dir.root, read_json(run_dir.summary))
 
 
 def refuse_used(run_dir: RunDir) -> None:
     """A new run starts in a new folder: nothing of an older one is touched."""
     if run_dir.root.exists() and not run_dir.root.is_dir():
         raise RecipeError(f"run.dir: {run_dir.root} is a file", fix="name a folder")
-    if steps := list_steps(run_dir):
+    if list_steps(run_dir):
         raise RecipeError(
-            f"run.dir: {run_dir.root} already holds a run with checkpoints up to step {max(steps)}",
-            fix="choose another run.dir, or remove the folder; training goes on with `train --resume`",
+            f"run.dir: {run_dir.root} already holds a run: {describe_run(run_dir)}",
+            fix="go on with it: --resume, or --resume --from STEP; or choose another run.dir, or remove the folder",
         )
     # A run that ended before its first checkpoint left facts behind that the next one writes anew.
     own = {path.name for path in run_dir.facts()}
@@ -196,18 +249,22 @@ def refuse_used(run_dir: RunDir) -> None:
         )
 
 
-def _refuse_other_recipe(run_dir: RunDir, recipe: Recipe) -> None:
-    """A finished run is only "already complete" for the recipe that it was trained with."""
-    stored = read_json(run_dir.adapter / MANIFEST)["recipe"]
-    now = json.loads(json.dumps(trajectory_keys(split_as_stored(recipe, stored))))
-    if differing := [f"{k}: {stored.get(k)} then, {v} now" for k, v in now.items() if stored.get(k) != v]:
-        raise ResumeError(
-            f"{run_dir.root} was trained with another recipe: {'; '.join(differing)}", fix="choose another run.dir"
-        )
+def describe_run(run_dir: RunDir) -> str:
+    """What a run folder holds, in words: ended or not, when, after how many steps, and its checkpoints."""
+    checkpoints = ", ".join(map(str, list_steps(run_dir)))
+    newest = run_dir.summary if run_dir.summary.is_file() else run_dir.metrics
+    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(newest.stat().st_mtime)) if newest.exists() else "unknown"
+    if newest == run_dir.summary:
+        state = f"ended {when} after {read_json(run_dir.summary)['num_steps']:,} steps"
+    else:
+        state = f"not ended, {last_logged_step(run_dir.metrics):,} steps logged, last written {when}"
+    return f"{state}; checkpoints of steps {checkpoints}"
 
 
-def _checkpoint_to_resume(run_dir: RunDir, from_step: int | None, reporter: Reporter) -> Checkpoint:
-    checkpoint, warnings = find_checkpoint(run_dir, from_step)
-    for warning in warnings:
-        reporter.warning(warning)
-    return checkpoint
+def command_of(loaded: LoadedRecipe) -> str:
+    """The command that trains this recipe with these overrides."""
+    sections: Any = recipe_as_dict(loaded.recipe)
+    given = [key for key, origin in loaded.origins.items() if origin == COMMAND_LINE]
+    values = ((key, sections[key.partition(".")[0]][key.partition(".")[2]]) for key in given)
+    overrides = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in values]
+    return shlex.join(["qlora-train", "train", str(loaded.path), *overrides])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from qlora_train.adapters.inits.residual import untrained
 from qlora_train.adapters.state import restore_adapter
 from qlora_train.artifacts import RunDir, read_json, write_json
 from qlora_train.errors import ResumeError
@@ -37,7 +38,7 @@ class Scorer:
             return None
         if resumed and (stored := self._stored())["measured_on"] == self._measured_on():
             return SideScores.from_dict(stored["base"])
-        with self._job.model.disable_adapter():
+        with untrained(self._job.model):
             scores = self._score(None, "of the base")
         write_json(path, {"measured_on": self._measured_on(), "base": scores.as_dict(), "adapter": None})
         self._job.reporter.evaluation(0, scores.loss)

@@ -67,8 +67,9 @@ class SelfCheck:
 
     def summary(self) -> str:
         """One line for people."""
-        text = f"{self.num_rows} rows, {self.num_tokens} tokens: loss {self.loss_together:.6g} together"
-        text += f" and {self.loss_alone:.6g} alone"
+        text = f"{self.num_rows} rows, {self.num_tokens} tokens: summed loss {self.loss_together:.6g} together"
+        text += f" and {self.loss_alone:.6g} alone, {self.loss_error:.2g} nats a token apart"
+        text += f" (at most {self.loss_tolerance:g})"
         if self.change_in_other_rows is not None:
             text += f"; replacing a token changes other rows by {self.change_in_other_rows:g}"
             text += f" and its own by {self.change_in_the_row:.3g}"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,10 +14,13 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from qlora_train.adapters.attach import AdapterFacts, adapter_facts, attach_adapter
+from qlora_train.adapters.schedules import method_hooks
 from qlora_train.artifacts import RunDir
-from qlora_train.data.account import build_loader
+from qlora_train.data.account import build_loader, steps_notice
+from qlora_train.data.loader import Loader
 from qlora_train.data.split import Split, load_splits
-from qlora_train.errors import MachineError
+from qlora_train.environment import environment
+from qlora_train.errors import Collected, MachineError
 from qlora_train.model.attention import check_packable
 from qlora_train.model.binding import check_start, refuse_other_start
 from qlora_train.model.causal import CausalModel
@@ -24,23 +29,34 @@ from qlora_train.model.load import Base, add_end_tokens, load_recipe_base, resol
 from qlora_train.model.skeleton import (
     build_skeleton,
     check_length,
-    check_shapes,
     check_skipped,
     check_targets,
     check_vocabulary,
+    check_widths,
     load_config,
     load_tokenizer,
     template_digest,
     tokenizer_digest,
 )
 from qlora_train.model.source import Source, resolve_source, verify_download
+from qlora_train.model.start import (
+    probe_batches,
+    rebuild,
+    start_again,
+    start_from_gradients,
+    start_from_inputs,
+    start_from_weights,
+)
 from qlora_train.recipe.schema import Recipe
 from qlora_train.train.disk import refuse_full_disk
-from qlora_train.train.loop import Job
+from qlora_train.train.job import Job
+from qlora_train.train.keys import trajectory_keys
 from qlora_train.train.metrics import Reporter
 from qlora_train.train.optim import build_optimizer, check_optimizer
 from qlora_train.train.speed import Speed, settle_memory, settle_speed, with_split
-from qlora_train.train.state import Binding, trajectory_keys
+from qlora_train.train.state import Binding
+
+Check = Callable[[], None]  # raises a UserError
 
 
 @dataclass(frozen=True)
@@ -73,55 +89,95 @@ def refuse_many_processes() -> None:
 
 
 def load_inputs(recipe: Recipe, *, weights: bool = True) -> Inputs:
-    """Config, tokenizer and data, checked against each other and the recipe."""
+    """Config, tokenizer and data, checked against each other and the recipe: all that is wrong is told at once."""
     device = resolve_device(recipe.model.device)
     check_optimizer(recipe.train, device)
     source = resolve_source(recipe.model, weights=weights)
     config = load_config(source)
-    check_length(config, recipe.data.seq_len)
     tokenizer = load_tokenizer(source, recipe.model.chat_template)
     skeleton = build_skeleton(config)
-    if recipe.data.batching == "packed":
-        check_packable(skeleton)
-    check_targets(skeleton, recipe.adapter.target_modules)
-    if recipe.quant.quant_type != "none":
-        check_skipped(skeleton, recipe.quant.skip_modules)
-        if device.type == "cpu":
-            check_shapes(skeleton, recipe.quant.block_size)
+    collected = Collected()
+    for check in _model_checks(recipe, config, skeleton, device):
+        with collected:
+            check()
     if weights:
-        stored_tensors(source, skeleton)
-    if recipe.adapter.init_from is not None:
-        check_start(recipe.adapter.init_from)
-    train, held_out = load_splits(recipe, tokenizer)
-    for split in (train, held_out):
-        if split is not None:
-            check_vocabulary(split.largest_id, config)
+        with collected:
+            stored_tensors(source, skeleton)
+    for folder in _given_adapters(recipe):
+        with collected:
+            check_start(folder)
+    with collected:
+        train, held_out = load_splits(recipe, tokenizer)
+        for split in (train, held_out):
+            if split is not None:
+                check_vocabulary(split.largest_id, config)
+    collected.raise_if_any()
     return Inputs(source, config, tokenizer, skeleton, train, held_out)
 
 
-def prepare(recipe: Recipe, run_dir: RunDir, reporter: Reporter, *, bound: Mapping[str, Any] | None = None) -> Prepared:
-    """Load everything. Nothing is written. `bound`: the recipe's keys as a checkpoint to go on from has them."""
+def _model_checks(recipe: Recipe, config: Any, skeleton: torch.nn.Module, device: torch.device) -> list[Check]:
+    """What of the recipe must suit the model; no check depends on another."""
+    quant = recipe.quant
+    checks: list[Check] = [
+        partial(check_length, config, recipe.data.seq_len),
+        partial(check_targets, skeleton, recipe.adapter.target_modules),
+        partial(check_widths, skeleton, quant.quant_type, quant.block_size, device),
+    ]
+    if recipe.data.batching == "packed":
+        checks.append(partial(check_packable, skeleton))
+    if quant.quant_type != "none":
+        checks.append(partial(check_skipped, skeleton, quant.skip_modules))
+    return checks
+
+
+def prepare(
+    recipe: Recipe,
+    run_dir: RunDir,
+    reporter: Reporter,
+    *,
+    bound: Mapping[str, Any] | None = None,
+    checkpoint: Path | None = None,
+) -> Prepared:
+    """Load everything. Nothing is written.
+
+    `bound`: the recipe's keys as a checkpoint to go on from has them; `checkpoint`: its folder, which holds the start.
+    """
     refuse_many_processes()
     inputs = load_inputs(recipe)
     for split in (inputs.train, inputs.eval):
         if split is not None:
             reporter.message(split.audit.summary())
-    refuse_full_disk(recipe, inputs.config, run_dir)
+    if notice := refuse_full_disk(recipe, inputs.config, run_dir):
+        reporter.warning(notice)
     verify_download(inputs.source)
     base = load_recipe_base(inputs.source, recipe)
     CausalModel(base.model).check_head()
-    if recipe.adapter.init_from is not None and (notice := refuse_other_start(recipe.adapter.init_from, base.print)):
-        reporter.warning(notice)
     add_end_tokens(base.model, inputs.train.end_token_ids)
     model = attach_adapter(
         base.model, recipe.adapter, recipe.run.seed, base_name=inputs.source.name, fused=recipe.train.fused
     )
     causal = CausalModel(model)
+    is_new = checkpoint is None and recipe.adapter.init_from is None
+    if checkpoint is not None:
+        base = start_again(base, model, checkpoint)
+    elif is_new:
+        base = start_from_weights(base, model, recipe.adapter, reporter.message)
+        start_from_inputs(causal, recipe.adapter, probe_batches(recipe, _loader(recipe, inputs)), reporter.message)
+    else:
+        base = rebuild(base, model)
+    for folder in _given_adapters(recipe):
+        if notice := refuse_other_start(folder, base.print):
+            reporter.warning(notice)
     facts = adapter_facts(model)
     memory = settle_memory(recipe, causal, inputs.train.table, bound)
     recipe = with_split(recipe, memory.micro_batch_size, memory.grad_accum_steps)
-    loader = build_loader(recipe, inputs.train, inputs.tokenizer.pad_token_id)
+    loader = _loader(recipe, inputs)
+    if notice := steps_notice(recipe.train, loader):
+        reporter.message(notice)
     speed = settle_speed(recipe, memory, causal, loader, facts.num_frozen, base.compute_dtype)
+    if is_new:
+        batches = probe_batches(recipe, loader)
+        start_from_gradients(causal, recipe.adapter, batches, reporter.message, seed=recipe.run.seed)
     # accelerate keeps the first device of a process for ever; a second run of a notebook may want another.
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=base.device.type == "cpu", mixed_precision="no")
@@ -130,18 +186,36 @@ def prepare(recipe: Recipe, run_dir: RunDir, reporter: Reporter, *, bound: Mappi
         run_dir=run_dir,
         causal=causal,
         model=model,
-        optimizer=build_optimizer(model, recipe.train),
+        optimizer=build_optimizer(model, recipe.train, recipe.adapter),
         accelerator=accelerator,
         loader=loader,
         eval_table=inputs.eval.table if inputs.eval else None,
-        pad_token_id=inputs.tokenizer.pad_token_id,
-        binding=_binding(recipe, inputs, base, compiled=speed.compiled),
+        table=inputs.train.table,
+        tokenizer=inputs.tokenizer,
+        binding=_binding(recipe, inputs, base),
+        environment={**environment(), "device": base.device.type, "layers_compiled": speed.compiled},
         reporter=reporter,
+        hooks=method_hooks(
+            model,
+            recipe.adapter,
+            num_steps=loader.num_steps(recipe.train.epochs, recipe.train.max_steps),
+            seed=recipe.run.seed,
+        ),
     )
     return Prepared(inputs, base, facts, speed, job)
 
 
-def _binding(recipe: Recipe, inputs: Inputs, base: Base, *, compiled: bool) -> Binding:
+def _given_adapters(recipe: Recipe) -> list[Path]:
+    """Finished adapters that this run builds on: one to go on from, or the experts of a mixture."""
+    start = recipe.adapter.init_from
+    return [*([start] if start is not None else []), *recipe.adapter.experts]
+
+
+def _loader(recipe: Recipe, inputs: Inputs) -> Loader:
+    return build_loader(recipe, inputs.train, inputs.tokenizer.pad_token_id)
+
+
+def _binding(recipe: Recipe, inputs: Inputs, base: Base) -> Binding:
     """What a checkpoint of this run belongs to. The token table holds all that the files, the template and the
     tokenizer did to the rows; their own hashes say which it was, and bind the adapter to what chat and export use."""
     return Binding(
@@ -149,5 +223,5 @@ def _binding(recipe: Recipe, inputs: Inputs, base: Base, *, compiled: bool) -> B
         data=inputs.train.table.fingerprint(),
         template=template_digest(inputs.tokenizer),
         tokenizer=tokenizer_digest(inputs.tokenizer),
-        recipe={**trajectory_keys(recipe), "layers compiled": compiled},
+        recipe=trajectory_keys(recipe),
     )

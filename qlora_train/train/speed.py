@@ -146,7 +146,7 @@ def _settle_compile(
     packs = num_steps * recipe.train.grad_accum_steps * recipe.train.micro_batch_size
     work, least = 6.0 * num_weights * packs * recipe.data.seq_len, LEAST_WORK[device.type]
     if asked == "auto" and work < least:
-        return False, f"{work:.1e} floating-point operations do not pay for compiling, which takes {least:.0e}"
+        return False, f"the run ({work:.1e} operations) is too short to win back the minute of compiling"
     if choice.checkpointing.kind == "selective":
         return False, "selective checkpointing watches single operators"
     if fault := compiler_fault(device):

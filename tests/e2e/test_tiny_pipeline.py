@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -174,9 +175,12 @@ def test_a_wrong_merge_is_refused_and_nothing_published(
     trained: tuple[Path, Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The verification's own negative control: half of the scale."""
-    from qlora_train.export import merge
+    from qlora_train.export import tensors
 
-    monkeypatch.setattr(merge, "_scaling", lambda config: 0.5 * config.lora_alpha / config.r)
+    real = tensors.read_updates
+    monkeypatch.setattr(
+        tensors, "read_updates", lambda folder: {n: replace(u, scaling=u.scaling / 2) for n, u in real(folder).items()}
+    )
     outcome = run_cli("export", trained[0] / "run", tmp_path / "wrong")
     assert outcome.code == 4 and "is not the trained one" in outcome.err
     assert list(tmp_path.iterdir()) == []
@@ -285,6 +289,7 @@ def test_plain_text_and_full_checkpointing(tmp_path: Path, tiny_llama_dir: Path)
     assert run_cli("export", tmp_path / "shuffled", tmp_path / "merged").code == 0
 
 
+@pytest.mark.slow
 def test_methods_and_schedules_change_the_adapter(tmp_path: Path, tiny_llama_dir: Path) -> None:
     """Each key that decides what is trained does."""
     recipe = write_recipe(tmp_path, tiny_llama_dir, data__eval=[], eval__generate_rows=0, train__max_steps=4)

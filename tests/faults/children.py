@@ -196,8 +196,8 @@ def fuse_optimizer() -> None:
 
     original = setup.build_optimizer
 
-    def fused(model: Any, section: Any) -> Any:
-        optimizer = original(model, section)
+    def fused(*arguments: Any) -> Any:
+        optimizer = original(*arguments)
         optimizer.param_groups[0].update(foreach=False, fused=True)
         return optimizer
 

@@ -50,7 +50,7 @@ CASES: dict[str, tuple[bytes, int, tuple[str, ...]]] = {
     "a name twice": (lines('{"messages": [], "messages": []}'), 3, ("train.jsonl:5", "twice")),
     "empty file": (b"", 3, ("train.jsonl", "holds no rows")),
     "only newlines": (b"\n\n\r\n", 3, ("train.jsonl", "holds no rows")),
-    "unknown role": (lines(chat({"role": "human", "content": "x"}, ANSWER)), 3, ("train.jsonl:5", "'human'", "user")),
+    "unknown role": (lines(chat({"role": "zebra", "content": "x"}, ANSWER)), 3, ("train.jsonl:5", "'zebra'", "user")),
     "two answers": (lines(chat(USER, ANSWER, ANSWER)), 3, ("train.jsonl:5", "second answer")),
     "no answer": (lines(chat(USER)), 3, ("train.jsonl:5", "no answer to train")),
     "empty answer": (lines(chat(USER, {"role": "assistant", "content": " "})), 3, ("train.jsonl:5", "empty answer")),

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from tests.commandline import chat_rows, run_cli, write_recipe, write_rows
 from tests.spoil import edit_json, edit_tensors, refused
@@ -211,25 +210,3 @@ def test_several_processes_are_refused(tmp_path: Path, tiny_llama_dir: Path, mon
 
 def test_resume_of_nothing(tmp_path: Path, tiny_llama_dir: Path) -> None:
     refused(run_cli("train", write_recipe(tmp_path, tiny_llama_dir), "--resume"), 5, "nothing to resume")
-
-
-def test_a_step_that_is_not_finite_stops_before_the_update(
-    tmp_path: Path, tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from qlora_train.model.causal import CausalModel
-
-    original, calls = CausalModel.loss_sum, []
-
-    def poisoned(self: CausalModel, batch: object) -> torch.Tensor:
-        loss = original(self, batch)  # type: ignore[arg-type]
-        calls.append(self.model.training)
-        return loss * float("nan") if sum(calls) == 9 else loss  # measuring, rehearsal, then step 4's second
-
-    monkeypatch.setattr(CausalModel, "loss_sum", poisoned)
-    recipe = write_recipe(tmp_path, tiny_llama_dir, eval__generate_rows=0)
-    outcome = run_cli("train", recipe)
-    refused(outcome, 7, "step 4", "rows")
-    steps = sorted(p.name for p in (tmp_path / "run" / "ckpt").iterdir())
-    assert steps == ["step-000002"]
-    tensors = load_file(tmp_path / "run" / "ckpt" / "step-000002" / "adapter_model.safetensors")
-    assert all(bool(torch.isfinite(t).all()) for t in tensors.values())

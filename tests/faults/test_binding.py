@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 
+from qlora_train.adapters.fold import read_deltas
+from qlora_train.adapters.updates import Delta
 from qlora_train.artifacts import MANIFEST, sha256_file
-from qlora_train.export import merge
-from qlora_train.export.merge import read_deltas
 from tests.commandline import run_cli, write_recipe
 from tests.spoil import Tensors, copy_job, edit_json, edit_tensors, flip_bit, refused, shards, sign_again, write_index
 from tests.tiny import build_tiny_llama
@@ -290,7 +290,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], int, str]] = {
     "no modules": ({"target_modules": []}, 4, "list of module names"),
     "fewer modules": ({"target_modules": ["q_proj"]}, 4, "unknown tensors"),
     "other modules": ({"target_modules": ["lm_head"]}, 4, "tensors missing"),
-    "DoRA": ({"use_dora": True}, 4, "use_dora is true"),
+    "DoRA": ({"use_dora": True}, 4, "lora_magnitude_vector"),
     "whole modules": ({"modules_to_save": ["lm_head"]}, 4, "modules_to_save"),
     "a start that changes the base": ({"init_lora_weights": "pissa"}, 4, "init_lora_weights"),
     "layers multiplied": ({"layer_replication": [[0, 2], [1, 2]]}, 4, "layer_replication"),
@@ -331,8 +331,8 @@ def test_an_update_that_float16_cannot_hold_is_refused(copy: Path) -> None:
 
 
 def test_a_merge_that_is_not_the_trained_model_is_not_published(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    dense = merge.Delta.dense
-    monkeypatch.setattr(merge.Delta, "dense", lambda self, device: 2 * dense(self, device))
+    applied = Delta.applied
+    monkeypatch.setattr(Delta, "applied", lambda self, weight: 2 * applied(self, weight) - weight)
     refused(run_cli("export", copy / "run", copy / "next"), 4, "the merged model is not the trained one", "KL")
     nothing_left(copy)
 

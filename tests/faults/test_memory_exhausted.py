@@ -183,7 +183,7 @@ def test_while_the_model_is_loaded(
 @pytest.mark.parametrize(
     ("name", "where"),
     [
-        ("qlora_train.export.merge.dequantize", "while the merged weights were written"),
+        ("qlora_train.export.base.dequantize", "while the merged weights were written"),
         ("qlora_train.export.verify.to_float32", "while the merged model was compared with the trained one"),
     ],
 )

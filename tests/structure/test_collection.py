@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from qlora_train.recipe.methods import METHODS
 from tests.structure.source_tree import ROOT, parse, python_files, relative
 
 # Every recipe, relative to recipes/. A new one is added here, so that none can be left out of the tests unseen.
@@ -19,6 +20,7 @@ RECIPES = {
     "quickstart.yaml",
     "qwen3-32b-24gb.yaml",
     "spelling.yaml",
+    *(f"methods/{name}.yaml" for name in METHODS),
 }
 
 WITH_DOCTESTS = [path for path in python_files("qlora_train") if ">>> " in path.read_text(encoding="utf-8")]

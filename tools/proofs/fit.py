@@ -18,7 +18,14 @@ from planning.paper import COLUMNS, breakdowns
 from proofs.common import ROOT, Bar
 
 CONFIGS = ROOT / "tests" / "fixtures" / "configs"
-RECIPE = ROOT / "recipes" / "llama3-8b-12gb.yaml"
+RECIPES = ROOT / "recipes"
+RECIPE = RECIPES / "llama3-8b-12gb.yaml"
+# The recipes for cards, the config of the model that each names, and the least card of the class that it promises.
+FOR_CARDS = (
+    ("llama3-8b-12gb", "llama-3.1-8b", "RTX 4070"),
+    ("qwen3-32b-24gb", "qwen3-32b", "RTX 4090"),
+    ("llama3-70b-48gb", "llama-3.3-70b", "L40S"),
+)
 CARDS_GIB = (8, 12, 16, 24, 48, 80)
 FEW_CARDS_GIB = (8, 80)
 
@@ -27,7 +34,7 @@ def measure(full: bool) -> list[Bar]:
     """All bars. The long form measures SmolLM2-135M too, and plans for every card."""
     workers = min(2, os.cpu_count() or 1)
     answers = _answers(CARDS_GIB if full else FEW_CARDS_GIB, workers)
-    return [*_published(workers), *_paper(), *_cpu(full), *answers]
+    return [*_published(workers), *_paper(), *_cpu(full), *answers, *planned_for_cards()]
 
 
 def _published(workers: int) -> list[Bar]:
@@ -82,6 +89,18 @@ def _answers(cards: Sequence[int], workers: int) -> list[Bar]:
         note = f"fits, with the changes that it names, on {fitting} of {', '.join(map(str, cards))} GiB"
         longest = max(answer.seconds for answer in own)
         bars.append(Bar(f"plan of {config.stem}: longest answer", longest, "s", at_most=60, note=note))
+    return bars
+
+
+def planned_for_cards() -> list[Bar]:
+    """What each recipe for a card will hold on the least card of its class, against what that card has."""
+    from qlora_train.api import plan
+
+    bars = []
+    for recipe, config, card in FOR_CARDS:
+        found = plan(RECIPES / f"{recipe}.yaml", gpu=card, model=str(CONFIGS / f"{config}.json"))
+        limit_gib, planned_gib = found.limit_bytes / 2**30, found.plan.device_bytes / 2**30
+        bars.append(Bar(f"{recipe}: planned on an {card}", planned_gib, "GiB", at_most=limit_gib))
     return bars
 
 

@@ -29,10 +29,21 @@ AT_ONCE = 2  # children
 KILLS, KILLS_FULL = 10, 50
 ERRORS = ("ENOSPC", "EIO", "EROFS")
 SAMPLE = {"loading the base": "SIGTERM", "a step": "SIGHUP", "an evaluation": "SIGTERM", "a checkpoint": "SIGINT"}
-STEPS, SAVES = 4, 5
+STEPS, SAVES, NOTES = 4, 5, 20
 EXIT_S = 5.0  # that an interpreter with these libraries may take to end
 TESTS = {
-    "damaged checkpoints, and the order of writing": ["tests/faults/test_damage.py", "tests/faults/test_kill_order.py"]
+    "damaged checkpoints, and the order of writing": ["tests/faults/test_damage.py", "tests/faults/test_kill_order.py"],
+    "changed recipes, rows and machines, forks, replays": [
+        "tests/invariant/test_resume.py",
+        "tests/invariant/test_resume_changes.py",
+        "tests/invariant/test_replay.py",
+        "tests/unit/train/test_keys.py",
+    ],
+    "numbers that are not finite, spikes, dead adapters": [
+        "tests/faults/test_numerics.py",
+        "tests/unit/train/test_flight.py",
+        "tests/unit/train/test_watch.py",
+    ],
 }
 
 
@@ -112,10 +123,12 @@ def _cost(folder: Path) -> tuple[float, list[Bar]]:
     from qlora_train.artifacts import RunDir, write_file
     from qlora_train.recipe.load import load_recipe, resolved_yaml
     from qlora_train.train.checkpoint import checkpoint_bytes, retire_old, save_checkpoint
+    from qlora_train.train.flight import FlightRecorder
     from qlora_train.train.metrics import Silent
+    from qlora_train.train.optim import trainable_parameters
     from qlora_train.train.setup import prepare
     from qlora_train.train.state import TrainState
-    from qlora_train.train.step import train_step
+    from qlora_train.train.step import StepResult, norms, train_step
 
     loaded, run_dir = load_recipe(QUICKSTART, [f"run.dir={folder}"]), RunDir(fresh(folder))
     train = loaded.recipe.train
@@ -129,15 +142,22 @@ def _cost(folder: Path) -> tuple[float, list[Bar]]:
         train_step(job.causal, job.loader.step(step), job.optimizer, job.accelerator, step=step, **options)
 
     def save(step: int) -> None:
-        save_checkpoint(run_dir, TrainState(step=step + 1), job.model, job.optimizer, job.binding)
+        state = TrainState(step=step + 1)
+        save_checkpoint(run_dir, state, job.model, job.optimizer, job.binding, job.hooks, job.environment)
         retire_old(run_dir, train.keep, None)
 
-    step_s, save_s = _seconds(STEPS, advance), _seconds(SAVES, save)
+    def note(step: int) -> None:
+        recorder.note(step, StepResult(1.0, 1.0, 1, 1, 1, grad_norms=some_norms), train.learning_rate)
+
+    recorder = FlightRecorder(job, "")
+    some_norms = norms(list(trainable_parameters(job.model).values()))
+    step_s, save_s, note_s = _seconds(STEPS, advance), _seconds(SAVES, save), _seconds(NOTES, note)
     share = save_s / (train.save_every * step_s)
     return step_s, [
         Bar("quickstart (135M): bytes of a checkpoint", checkpoint_bytes(job.model, job.optimizer) / 2**20, "MiB"),
         Bar("quickstart (135M): a checkpoint, older ones retired", save_s, "s"),
         Bar("quickstart (135M): a step", step_s, "s"),
+        Bar("quickstart (135M): the flight recorder, share of a step", note_s / step_s, at_most=0.01),
         Bar(f"quickstart (135M): share of the time, a checkpoint every {train.save_every} steps", share, at_most=0.03),
     ]
 

@@ -19,6 +19,13 @@ _Record = tuple[int, int, list[str] | RowFault, str, int]  # first line's number
 _QUOTED = re.compile(r'"[^"]*+(?:""[^"]*+)*+"')
 
 
+def delimiter_of(header: bytes) -> str:
+    """A comma, unless the header holds none and one of the other marks between cells."""
+    line = header.removeprefix(BOM).partition(b"\n")[0].decode(errors="replace")
+    counts = {mark: line.count(mark) for mark in ",;\t|"}
+    return "," if counts[","] or not any(counts.values()) else max(counts, key=counts.__getitem__)
+
+
 class CsvSource(TextFile):
     """A file whose first record names the columns. A record's place is the line it begins on."""
 
@@ -37,7 +44,8 @@ class CsvSource(TextFile):
                 on_fault(line, cells, text, num_bytes)
             elif len(cells) != len(self._header):
                 what = f"has {len(cells)} cells, but the header names {len(self._header)} columns"
-                fix = "put cells that hold a comma or a line break in double quotes"
+                mark = "a comma" if self._delimiter == "," else repr(self._delimiter)
+                fix = f"put cells that hold {mark} or a line break in double quotes"
                 on_fault(line, RowFault(what, fix), text, num_bytes)
             else:
                 yield RawRow(line, offset, self._columns(cells))

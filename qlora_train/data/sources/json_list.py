@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import BinaryIO
 
 from qlora_train.data.problems import RowFault, SourceFault
@@ -20,26 +21,46 @@ _SPACE = " \t\r\n"
 
 
 class JsonSource(TextFile):
-    """A file with one list of objects, however it is laid out. An element's place is the line it begins on."""
+    """A file with one list of objects, however it is laid out.
+
+    An element's place is the line it begins on; its index, as `rows.json[17]`, where all are on one.
+    """
 
     kind = "json"
 
+    def place(self, number: int) -> str:
+        return f"{self._path}[{number}]" if self._is_one_line else super().place(number)
+
     def read(self, on_fault: OnFault) -> Iterator[RawRow]:
         any_row = False
-        for line, offset, value, text in self._elements():
+        for index, (line, offset, value, text) in enumerate(self._elements()):
             any_row = True
+            number = index if self._is_one_line else line
             try:
                 columns = _row(value)
             except RowFault as fault:
-                on_fault(line, fault, text, len(text.encode()))
+                on_fault(number, fault, text, len(text.encode()))
             else:
-                yield RawRow(line, offset, columns)
+                yield RawRow(number, offset, columns)
         if not any_row:
             raise no_rows()
 
     def fetch(self, locators: Sequence[int]) -> list[Columns]:
         with self._file.opened() as file:
             return [_fetched(file, offset) for offset in locators]
+
+    @cached_property
+    def _is_one_line(self) -> bool:
+        """Whether the whole list stands on one line, which tells no element from another."""
+        with self._file.opened() as file:
+            begun = False
+            while chunk := file.read(_CHUNK_BYTES):
+                chunk = chunk if begun else chunk.lstrip()
+                begun = begun or bool(chunk)
+                _, newline, after = chunk.partition(b"\n")
+                if newline:
+                    return not (after + file.read(_FETCH_BYTES)).strip()
+        return True
 
     def _elements(self) -> Iterator[tuple[int, int, object, str]]:
         """Line, byte offset, value and text of each element; SourceFault where the list cannot be read on."""

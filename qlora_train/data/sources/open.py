@@ -10,7 +10,7 @@ from typing import BinaryIO
 from qlora_train.data.problems import SourceFault
 from qlora_train.data.sources.arrow import ArrowSource
 from qlora_train.data.sources.base import Source
-from qlora_train.data.sources.csv_records import CsvSource
+from qlora_train.data.sources.csv_records import CsvSource, delimiter_of
 from qlora_train.data.sources.decode import MAX_ROW_BYTES
 from qlora_train.data.sources.files import system_errors
 from qlora_train.data.sources.folders import open_folder
@@ -75,7 +75,7 @@ def _open_file(name: str, path: Path, file: BinaryIO) -> Source:
     if head[:2].count(0) == 1 and head[2:4].count(0) == 1:
         raise SourceFault("is UTF-16 text without a byte-order mark", "re-encode it: iconv -f UTF-16LE -t UTF-8 FILE")
     if suffix in (".csv", ".tsv"):
-        return CsvSource(name, path, "\t" if suffix == ".tsv" else ",")
+        return CsvSource(name, path, "\t" if suffix == ".tsv" else delimiter_of(head + file.readline(MAX_ROW_BYTES)))
     text = head.removeprefix(BOM).lstrip()
     if text.startswith(b"["):
         return JsonSource(name, path)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from qlora_train.adapters.attach import adapter_facts, attach_adapter, check_attached, load_adapter
+from qlora_train.adapters.fold import read_deltas, read_updates
 from qlora_train.adapters.layers import Lora4bit, LoraFloat, lora_layers, register_layers
 from qlora_train.adapters.state import WEIGHTS, adapter_tensors, save_adapter
 from qlora_train.errors import ModelError
@@ -182,7 +183,8 @@ def test_init_from_goes_on_to_the_bit(saved: tuple[Path, dict[str, torch.Tensor]
     [
         ({"r": 8}, "r is 4 there and 8 here"),
         ({"alpha": 16.0}, r"alpha is 8\.0 there and 16\.0 here"),
-        ({"method": "rslora"}, "rslora is False there and True here"),
+        ({"method": "rslora"}, "method is lora there and rslora here"),
+        ({"method": "dora"}, "method is lora there and dora here"),
         ({"target_modules": ("q_proj",)}, "target_modules is"),
     ],
 )
@@ -257,14 +259,49 @@ def test_layers_of_another_kind_are_refused() -> None:
     check_attached(wrap("linear"))
     with pytest.raises(ModelError, match=r"kind we do not train \(Conv1d\)"):
         check_attached(wrap("linear", "conv"))
-    with pytest.raises(ModelError, match=r"matches no layer|kind we do not train"):
-        check_attached(wrap("embed"))
 
 
-def test_an_embedding_beside_linear_layers_is_refused() -> None:
-    model = get_peft_model(Mixed(), register_layers(LoraConfig(r=2, target_modules=["linear", "embed"])))
-    with pytest.raises(ModelError, match="kind we do not train"):
-        check_attached(model)
+def test_an_embedding_that_is_the_head_too_is_refused(tiny_llama_dir: Path) -> None:
+    with pytest.raises(ModelError, match="is the output head too"):
+        attached(tiny_llama_dir, embeddings=True)
+
+
+def test_an_adapter_on_the_embedding_is_peft_s(tmp_path: Path) -> None:
+    """Its A starts at zero and its B is random; PEFT loads the folder, and the merged table gives the same logits."""
+    folder = build_tiny_llama(tmp_path / "untied", tie=False)
+    base = tiny_base(folder)
+    with torch.no_grad():
+        expected = base.model(input_ids=IDS).logits
+    model = attach_adapter(base.model, AdapterSection(r=4, alpha=8.0, embeddings=True), 0, base_name="tiny")
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=IDS).logits, expected)
+    model(input_ids=IDS).logits.square().sum().backward()
+    parameters = {name: p for name, p in model.named_parameters() if "lora_embedding" in name}
+    reached = {name.rpartition(".lora_")[2] for name, p in parameters.items() if p.grad is not None and p.grad.any()}
+    assert reached == {"embedding_A.default"}
+    for parameter in parameters.values():
+        nn.init.normal_(parameter.data, std=0.3)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    save_adapter(model.eval(), adapter)
+    with torch.no_grad():
+        ours = model(input_ids=IDS).logits
+        theirs = PeftModel.from_pretrained(tiny_base(folder).model, str(adapter)).eval()(input_ids=IDS).logits
+        again = load_adapter(tiny_base(folder).model, adapter).eval()(input_ids=IDS).logits
+        merged = tiny_base(folder).model
+        update = read_updates(adapter)["model.embed_tokens.weight"]
+        table = merged.get_input_embeddings().weight
+        assert update.shape == tuple(table.shape)
+        table.copy_(update.applied(table))
+        into_base = merged(input_ids=IDS).logits
+    assert torch.equal(again, ours) and not torch.allclose(ours, expected, atol=1e-2)
+    torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(into_base, ours, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ModelError, match="adapts the token embedding"):
+        read_deltas(adapter)
+    section = AdapterSection(r=4, alpha=8.0, init_from=adapter)
+    with pytest.raises(ModelError, match="embeddings is True there and False here"):
+        attach_adapter(tiny_base(folder).model, section, 0, base_name="tiny")
 
 
 def test_a_base_that_would_train_is_our_bug() -> None:

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from qlora_train.adapters.config import section_config
 from qlora_train.adapters.layers import register_layers
 from qlora_train.adapters.state import (
     CONFIG,
@@ -24,6 +25,7 @@ from qlora_train.adapters.state import (
     save_adapter,
 )
 from qlora_train.errors import ModelError, SecurityError
+from qlora_train.recipe.schema import AdapterSection
 
 
 def read(path: Path) -> dict[str, torch.Tensor]:
@@ -177,3 +179,93 @@ def test_all_differences_are_described_at_once() -> None:
     theirs = {"b": torch.zeros(2), "c": torch.zeros(2), "d": torch.zeros(1)}
     parts = describe_mismatch(own, theirs).split("; ")
     assert len(parts) == 3 and parts[2].startswith("b is (2,)"), "the first shape only"
+
+
+def change(folder: Path, **changes: object) -> None:
+    path = folder / CONFIG
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.fixture
+def tagged(tmp_path: Path) -> Path:
+    """An adapter of a method that plain PEFT computes otherwise."""
+    config = section_config(
+        AdapterSection(method="mtlora", structure="dtsm", r=4, alpha=6.0, target_modules=("0", "1"))
+    )
+    config.task_type = None
+    plain = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 16))
+    save_adapter(get_peft_model(plain, register_layers(config)), tmp_path)
+    return tmp_path
+
+
+def test_peft_refuses_what_it_would_compute_otherwise(tagged: Path) -> None:
+    """Under PEFT's own name it would load the factors and leave the core out without a word."""
+    with pytest.raises(Exception, match="QLORA_TRAIN"):
+        PeftConfig.from_pretrained(str(tagged))
+    data = json.loads((tagged / CONFIG).read_text())
+    assert data["qlora_train"] == {"method": "mtlora", "options": {"structure": "dtsm"}}
+    config = load_adapter_config(tagged)
+    assert (config.method.name, config.options, config.r) == ("mtlora", {"structure": "dtsm"}, 4)
+    change(tagged, peft_type="LORA", qlora_train=None)
+    assert PeftConfig.from_pretrained(str(tagged)).peft_type == "LORA", "negative control"
+    with pytest.raises(ModelError, match="lora_core_c is no part of plain LoRA"):
+        load_adapter_config(tagged)
+
+
+@pytest.mark.parametrize(
+    ("tag", "words"),
+    [
+        (None, "contradict each other"),
+        ("mtlora", "names no method of ours"),
+        ({"method": "lora", "options": {}}, "names no method of ours"),
+        ({"method": "nothing", "options": {}}, "names no method of ours"),
+        ({"method": ["mtlora"], "options": {}}, "names no method of ours"),
+        ({"method": "mtlora", "options": {}}, "the options of mtlora are structure"),
+        ({"method": "mtlora", "options": {"structure": "shim", "r": 3}}, "the options of mtlora are structure"),
+        ({"method": "mtlora", "options": {"structure": "other"}}, "1 validation error"),
+        ({"method": "mtlora", "options": {"structure": "shim"}}, "lora_core_d is no part of MTLoRA"),
+        ({"method": "flora_core", "options": {"r_out": None}}, "lora_core_d is no part of FLoRA"),
+        ({"method": "aflora", "options": {}}, "the options of aflora are"),
+    ],
+    ids=str,
+)
+def test_a_tag_that_does_not_hold_is_refused(tagged: Path, tag: object, words: str) -> None:
+    change(tagged, qlora_train=tag)
+    with pytest.raises(ModelError, match=words):
+        load_adapter_config(tagged)
+
+
+def test_a_plain_folder_may_not_bear_a_tag(folder: Path) -> None:
+    change(folder, qlora_train={"method": "mtlora", "options": {"structure": "shim"}})
+    with pytest.raises(ModelError, match="contradict each other"):
+        load_adapter_config(folder)
+    change(folder, qlora_train=None, use_dora=True)
+    with pytest.raises(ModelError, match=r"lora_A.weight and no .*lora_magnitude_vector"):
+        load_adapter_config(folder)
+
+
+@pytest.mark.parametrize(
+    ("patterns", "words"),
+    [
+        ({"rank_pattern": {"0": 4}}, None),
+        ({"rank_pattern": {"0": 4}, "alpha_pattern": {"0": 2.0}}, None),
+        ({"rank_pattern": {"0": 8}}, "which is not of rank 8"),
+        ({"rank_pattern": {"(a+)+$": 4}}, "must give a number for names of modules"),
+        ({"rank_pattern": {"0": "4"}}, "must give a number for names of modules"),
+        ({"alpha_pattern": {"0": -1}}, "must give a number for names of modules"),
+        ({"rank_pattern": ["0"]}, "must give a number for names of modules"),
+    ],
+    ids=str,
+)
+def test_ranks_of_single_modules_are_names_and_numbers(
+    folder: Path, patterns: dict[str, object], words: str | None
+) -> None:
+    """PEFT matches the names as regular expressions, which can run for ever."""
+    change(folder, **patterns)
+    if words is not None:
+        with pytest.raises(ModelError, match=words):
+            load_adapter_config(folder)
+        return
+    config = load_adapter_config(folder)
+    scaling = 2.0 / 4 if "alpha_pattern" in patterns else 6 / 4
+    assert (config.scaling_of("base_model.model.0"), config.scaling_of("base_model.model.1")) == (scaling, 6 / 4)

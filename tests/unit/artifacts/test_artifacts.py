@@ -25,6 +25,7 @@ from qlora_train.artifacts import (
     TRASH_PREFIX,
     RunDir,
     _sealed,
+    append_json_line,
     explained,
     is_full,
     locked,
@@ -123,6 +124,7 @@ def test_each_cause_has_its_own_way_out(tmp_path: Path, number: int, words: list
         said.append(str(caught.value))
         assert is_full(caught.value) == (number in (errno.ENOSPC, errno.EDQUOT))
     assert said[0] == said[1] and str(tmp_path) in said[0]
+    assert ("MiB free" in said[0]) == (number in (errno.ENOSPC, errno.EDQUOT))
     for word in words:
         assert re.search(word, said[0]), (word, said[0])
 
@@ -135,15 +137,18 @@ def test_explained_leaves_other_exceptions_alone(tmp_path: Path) -> None:
 
 def test_a_file_in_place_of_the_folder(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file")
-    pattern = rf"cannot write {tmp_path}/run/.*Not a directory \([\d,]+ MiB free\)"
+    pattern = rf"cannot write {tmp_path}/run/.*: (Not a directory|File exists)\. Fix"
     with pytest.raises(MachineError, match=pattern):
         write_file(tmp_path / "run" / "a.json", b"x")
     with (
-        pytest.raises(MachineError, match=r"cannot write .*MiB free"),
+        pytest.raises(MachineError, match=pattern),
         publishing(tmp_path / "run" / "ckpt", manifest={}),
     ):
         pytest.fail("the block must not run")
-    with pytest.raises(MachineError, match=r"cannot write .*MiB free"), locked(RunDir(tmp_path / "run")):
+    with (
+        pytest.raises(MachineError, match=pattern),
+        locked(RunDir(tmp_path / "run")),
+    ):
         pytest.fail("the block must not run")
     assert names(tmp_path) == {"run"} and (tmp_path / "run").read_text() == "a file"
 
@@ -377,3 +382,28 @@ def test_a_killed_process_frees_the_lock(tmp_path: Path) -> None:
             holder.send_signal(signal.SIGKILL)
     with locked(RunDir(tmp_path)):
         pass
+
+
+def test_what_a_killed_process_left_is_swept_by_the_next_of_this_name(tmp_path: Path) -> None:
+    """A folder in which a living process works stays, as do those of other names."""
+    dead, foreign = tmp_path / ".tmp-out-99999-00000000", tmp_path / ".tmp-other-99999-00000000"
+    for folder in (dead, foreign, tmp_path / ".tmp-out-shards"):
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"half")
+    with publishing(tmp_path / "out", manifest={}) as first:
+        assert not dead.exists()
+        with publishing(tmp_path / "out", manifest={}) as second:
+            assert first.exists() and second != first, "somebody works in it"
+        retire(tmp_path / "out")
+        (first / "a").write_bytes(b"a")
+    assert (tmp_path / "out" / "a").exists()
+    assert sorted(path.name for path in tmp_path.glob(".tmp-*")) == [foreign.name, ".tmp-out-shards"]
+
+
+def test_lines_are_appended_whole(tmp_path: Path) -> None:
+    """After a line that a killed process left torn, too."""
+    path = tmp_path / "lines.jsonl"
+    append_json_line(path, {"a": 1})
+    path.write_bytes(path.read_bytes() + b'{"b":')
+    append_json_line(path, {"c": 3})
+    assert path.read_text().splitlines() == ['{"a": 1}', '{"b":', '{"c": 3}']

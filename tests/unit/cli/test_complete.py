@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from qlora_train.cli import complete
-from qlora_train.recipe.validate import KEYS
+from qlora_train.recipe.advice import KEYS
 
 HEAVY = ("torch", "transformers", "peft", "datasets", "bitsandbytes", "numpy", "accelerate")
 
@@ -60,6 +60,16 @@ def test_recipes_are_offered_through_folders(tmp_path: Path, monkeypatch: pytest
     assert complete.recipes("recipes/d") == ["recipes/deep/c.yaml"]
     assert complete.recipes(f"{tmp_path}/h") == [f"{tmp_path}/here.yaml"]
     assert complete.recipes("gone/x") == []
+
+
+def test_run_folders_and_cards_are_offered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("runs/one/recipe.resolved.yaml", "runs/two/recipe.resolved.yaml", "runs/merged/config.json"):
+        Path(name).parent.mkdir(parents=True)
+        Path(name).touch()
+    assert complete.runs("ru") == complete.runs("runs/") == ["runs/one", "runs/two"]
+    assert complete.runs("runs/t") == ["runs/two"] and complete.runs("gone/x") == []
+    assert complete.cards("rtx 409") == ["RTX 4090"] and complete.cards("no") == []
 
 
 def test_bash_gets_its_answer_without_torch(tmp_path: Path) -> None:

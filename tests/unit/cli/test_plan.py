@@ -61,6 +61,7 @@ def test_as_json(recipe: Path) -> None:
     assert found["changes"][0]["overrides"]
 
 
+@pytest.mark.slow
 def test_without_a_card_it_is_planned_for_this_machine(recipe: Path) -> None:
     result = plan(str(recipe), "model.device=cpu", "--model", str(recipe.parent / "config.json"))
     assert result.code == 0 and "the CPUs of this machine" in result.out

@@ -25,7 +25,7 @@ def refusal(value: object, **kwargs: Any) -> RowFault:
 
 def test_plain_turns_are_kept_in_order() -> None:
     turns = [{"role": "system", "content": "s"}, USER, ANSWER, USER, ANSWER]
-    assert parse_messages(turns) == (tuple(turns), None)
+    assert parse_messages(turns) == (tuple(turns), None, ())
 
 
 @pytest.mark.parametrize(
@@ -45,8 +45,8 @@ def test_plain_turns_are_kept_in_order() -> None:
         ([USER, {**ANSWER, "content": "", "reasoning_content": "hm"}], "messages[1] is an empty answer"),
         ([ANSWER, USER, ANSWER], "messages[0] is an answer before any question"),
         ([USER, ANSWER, ANSWER], "messages[2] is a second answer in a row"),
-        ([USER, ANSWER, USER], "messages ends with a user message: there is no answer to train"),
-        ([USER, CALLS, RESULT], "messages ends with a tool message"),
+        ([{"role": "system", "content": "s"}, USER], "messages ends with a user message: there is no answer to train"),
+        ([USER, {"role": "assistant", "content": 3}], "messages[1].content is a number"),
         ([USER, RESULT, ANSWER], "messages[1] is a tool's result"),
         ([USER, {"role": "assistant", "content": "\ud800"}], "messages[1].content holds half of a surrogate pair"),
         ([{"role": "user", "content": "a\0"}, ANSWER], "messages[0].content holds a NUL character at 1"),
@@ -60,11 +60,6 @@ def test_faults_of_turns(messages: object, says: str) -> None:
 @pytest.mark.parametrize(
     ("role", "fix"),
     [
-        ("human", "rename it to 'user'"),
-        ("gpt", "rename it to 'assistant'"),
-        ("bot", "rename it to 'assistant'"),
-        ("model", "rename it to 'assistant'"),
-        ("User", "rename it to 'user'"),
         ("asistant", "rename it to 'assistant'"),
         ("zebra", "rename the role"),
     ],
@@ -78,7 +73,7 @@ def test_unknown_role_names_the_nearest(role: str, fix: str) -> None:
 def test_null_fields_are_as_if_absent_and_unread_ones_are_left_out() -> None:
     answer = {**ANSWER, "tool_calls": None, "name": "bot", "reasoning_content": None, "id": 7, "score": {"x": [1]}}
     user: dict[str, object] = {**USER, "tool_calls": [], "weight": None, "train": None}
-    assert parse_messages([user, answer]) == ((USER, {**ANSWER, "name": "bot"}), None)
+    assert parse_messages([user, answer]) == ((USER, {**ANSWER, "name": "bot"}), None, ())
 
 
 @pytest.mark.parametrize("field", ["reasoning_content", "reasoning", "thinking", "name"])
@@ -88,7 +83,7 @@ def test_text_that_templates_read_is_kept(field: str) -> None:
 
 def test_text_that_holds_json_is_read() -> None:
     text = '[{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]'
-    assert parse_messages(text) == ((USER, ANSWER), None)
+    assert parse_messages(text) == ((USER, ANSWER), None, ())
 
 
 def test_parts_of_text_are_joined_and_others_refused() -> None:
@@ -100,7 +95,7 @@ def test_parts_of_text_are_joined_and_others_refused() -> None:
 
 
 def test_calls_and_their_results() -> None:
-    messages, weights = parse_messages([USER, CALLS, RESULT, RESULT, ANSWER])
+    messages, weights, _ = parse_messages([USER, CALLS, RESULT, RESULT, ANSWER])
     assert messages == (USER, {"role": "assistant", "content": "", "tool_calls": [CALL]}, RESULT, RESULT, ANSWER)
     assert weights is None
 
@@ -118,7 +113,7 @@ def test_calls_come_out_in_one_shape(call: object) -> None:
 
 def test_call_without_arguments() -> None:
     calls = [{"function": {"name": "now"}}, {"function": {"name": "now", "arguments": ""}}]
-    (_, answer), _ = parse_messages([USER, {"role": "assistant", "content": "", "tool_calls": calls}])
+    (_, answer), _, _ = parse_messages([USER, {"role": "assistant", "content": "", "tool_calls": calls}])
     assert [call["function"] for call in answer["tool_calls"]] == [{"name": "now", "arguments": {}}] * 2
 
 
@@ -169,7 +164,7 @@ def test_deep_arguments_are_refused() -> None:
 )
 def test_weight_and_train_become_weights(marks: dict[str, object], expected: float) -> None:
     user = {**USER, "weight": 0, "train": False}
-    messages, weights = parse_messages([user, {**ANSWER, **marks}, USER, ANSWER])
+    messages, weights, _ = parse_messages([user, {**ANSWER, **marks}, USER, ANSWER])
     assert messages == (USER, ANSWER, USER, ANSWER)
     assert weights == (None if expected == 1 else (0.0, expected, 0.0, 1.0))
 
@@ -197,6 +192,32 @@ def test_faults_of_weights(user: dict[str, object], answer: dict[str, object], s
     assert says in refusal([{**USER, **user}, {**ANSWER, **answer}]).what
 
 
+@pytest.mark.parametrize(
+    ("role", "read_as"), [("User", "user"), ("human", "user"), ("GPT", "assistant"), ("Bot", "assistant")]
+)
+def test_well_known_names_of_roles_are_taken_with_a_note(role: str, read_as: str) -> None:
+    turns = [dict(turn) for turn in (USER, ANSWER, USER, ANSWER)]
+    for turn in turns:
+        turn["role"] = role if turn["role"] == read_as else turn["role"]
+    assert parse_messages(turns) == ((USER, ANSWER, USER, ANSWER), None, (f"the role {role!r} is read as {read_as!r}",))
+
+
+@pytest.mark.parametrize("trailing", [[USER], [USER, USER], [CALLS, RESULT], [{"role": "system", "content": "s"}]])
+def test_turns_after_the_last_answer_are_left_out_with_a_note(trailing: list[dict[str, Any]]) -> None:
+    left = [turn for turn in trailing if turn is CALLS]
+    before = [USER, ANSWER, USER] if left else [USER, ANSWER]
+    weighted = [{**before[1], "weight": 2}, *before[2:]]
+    messages, weights, notes = parse_messages([USER, *weighted, *trailing])
+    assert [message["role"] for message in messages] == [turn["role"] for turn in (*before, *left)]
+    assert weights is not None and len(weights) == len(messages) and weights[1] == 2
+    assert notes == ("the turns after the last answer are left out",)
+
+
+def test_a_null_is_to_be_filled_in_and_from_value_is_sharegpt() -> None:
+    assert refusal([USER, {**ANSWER, "content": None}]).fix.startswith("fill it in")
+    assert "data.columns: {conversations: messages}" in refusal([{"from": "human", "value": "q"}]).fix
+
+
 def test_other_keys_and_roles() -> None:
     turns = [
         {"from": "human", "value": "q"},
@@ -204,7 +225,7 @@ def test_other_keys_and_roles() -> None:
         {"from": "observation", "value": "2"},
     ]
     turns.append({"from": "gpt", "value": "a"})
-    messages, _ = parse_messages(turns, "conversations", ("from", "value"), SHAREGPT_ROLES)
+    messages, _, _ = parse_messages(turns, "conversations", ("from", "value"), SHAREGPT_ROLES)
     assert [(message["role"], message["content"]) for message in messages] == [
         ("user", "q"),
         ("assistant", "f()"),

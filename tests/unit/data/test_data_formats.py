@@ -223,6 +223,9 @@ def test_rows_of_the_same_columns_are_matched_by_spelling_once(monkeypatch: pyte
         ({"text": "a"}, "messages", "which is the format 'text'", "one format"),
         ({"a": 1, "b": 2}, None, "no format fits; columns found: 'a', 'b'", "alpaca: instruction + output"),
         ({}, None, "columns found: none", "rename the columns"),
+        ({"Query": 1, "response": 2}, None, "no format fits", "data.columns: {instruction: Query, output: response}"),
+        ({"id": 1, "dialogue": []}, None, "no format fits", "data.columns: {messages: dialogue}"),
+        ({"body": "a"}, None, "no format fits", "data.columns: {text: body}"),
         ({f"c{i}": 1 for i in range(15)}, None, "'c11' and 3 more", "rename the columns"),
     ],
 )
@@ -240,3 +243,15 @@ def test_surrogates_and_nul_are_refused_in_every_format(row_format: str) -> None
             **dict.fromkeys(("prompt", "completion", "instruction", "output", "text"), bad),
         }
         assert says in refusal(columns, row_format).what
+
+
+def test_from_and_value_under_the_name_messages_are_sharegpt_by_a_column_map() -> None:
+    columns, column_map = {"messages": [HUMAN, GPT]}, {"conversations": "messages"}
+    assert detect(columns, column_map) == "sharegpt"
+    row = parse_row("a.jsonl:1", columns, "sharegpt", column_map)
+    assert isinstance(row, MessagesRow) and [message["role"] for message in row.messages] == ["user", "assistant"]
+
+
+def test_an_answer_in_the_prompt_alone_is_no_completion() -> None:
+    columns = {"prompt": [USER, ANSWER], "completion": [USER]}
+    assert "completion holds no answer" in refusal(columns, "prompt_completion").what

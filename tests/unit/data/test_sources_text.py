@@ -394,3 +394,24 @@ def test_digest_is_of_the_bytes_alone(put: Put) -> None:
     content = json.dumps({"a": 1}).encode()
     first, second = open_source(put("a.jsonl", content)), open_source(put("b.jsonl", content))
     assert first.digest() == second.digest() == hashlib.sha256(content).hexdigest()
+
+
+@pytest.mark.parametrize("content", [b'[{"a": 1}, 7, {"a": 2}]', b'\xef\xbb\xbf [ {"a": 1}, 7, {"a": 2}]\n\n'])
+def test_elements_of_a_list_on_one_line_have_their_index_as_place(put: Put, content: bytes) -> None:
+    path = put("a.json", content)
+    rows, faults = read(path)
+    assert [number for number, _ in rows] == [0, 2] and [fault[0] for fault in faults] == [1]
+    assert open_source(path).place(2) == f"{path}[2]"
+    assert open_source(put("b.json", b'[\n{"a": 1}]')).place(2).endswith("b.json:2")
+
+
+@pytest.mark.parametrize(
+    ("header", "delimiter"), [("a;b", ";"), ("a\tb", "\t"), ("a|b", "|"), ("a", ","), ("a,b;c", ","), ('"a;b",c', ",")]
+)
+def test_the_header_of_a_csv_file_shows_its_delimiter(put: Put, header: str, delimiter: str) -> None:
+    mark = "\n1" + delimiter + "2\n" if delimiter in header else "\n1\n"
+    source = open_source(put("a.csv", (header + mark).encode()))
+    assert source.kind == f"csv:{delimiter}"
+    (row,) = source.read(no_fault)
+    assert len(row.columns) == 1 + header.count(delimiter)
+    assert source.fetch([row.locator]) == [row.columns]

@@ -15,14 +15,14 @@ from transformers import PreTrainedTokenizerFast
 from qlora_train.data import build as build_module
 from qlora_train.data import cache as cache_module
 from qlora_train.data import split as split_module
-from qlora_train.data.account import account_for, build_loader
+from qlora_train.data.account import account_for, build_loader, steps_notice
 from qlora_train.data.duplicates import find_exact
 from qlora_train.data.fates import CODE
 from qlora_train.data.loader import Loader
 from qlora_train.data.rows import MessagesRow, TextRow
 from qlora_train.data.split import Split, load_split, load_splits
 from qlora_train.errors import DataError, MachineError
-from qlora_train.recipe.schema import DataSection, Recipe, SourceSection
+from qlora_train.recipe.schema import DataSection, Recipe, SourceSection, TrainSection
 
 pytestmark = pytest.mark.usefixtures("shared_workers")
 
@@ -346,3 +346,42 @@ def test_an_account_counts_documents_not_pieces(tokenizer: Tokenizer, tmp_path: 
     assert [(split.duplicates.num_rows, split.duplicates.num_duplicates) for split in account.splits] == [(3, 0)] * 2
     assert account.overlap is not None and account.overlap.num_eval_rows == 3
     assert account.batching.num_unreached_rows == 0
+
+
+def test_faults_of_the_same_words_are_one_problem(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"question": "q", "answer": "a"}\n' * 300)
+    with pytest.raises(DataError) as caught:
+        load(tokenizer, path)
+    (problem,) = caught.value.problems
+    assert problem.where == f"{path}:1" and f"(and so in 299 more: {path}:2, {path}:3, {path}:4, ...)" in problem.what
+    assert "data.columns: {instruction: question, output: answer}" in problem.fix
+    assert problem.fix.endswith("; or set data.bad_rows: skip to leave such rows out and list them")
+
+
+def test_what_was_not_taken_as_written_is_in_the_summary(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    turns = [{"role": role, "content": "ls"} for role in ("Human", "assistant", "user")]
+    cell = json.dumps(turns).replace('"', '""')
+    path.write_text(f'id;messages\n1;"{cell}"\n2;"{cell}"\n')
+    summary = load(tokenizer, path).audit.summary()
+    for note in ("2 rows the role 'Human' is read as 'user'", "2 rows the turns after the last", "parted by ';'"):
+        assert note in summary
+
+
+def test_both_sides_tell_their_faults_at_once(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    data = {"train": [{"path": str(tmp_path / "no.jsonl")}], "eval": [{"path": str(tmp_path / "none.jsonl")}]}
+    recipe = Recipe.model_validate(
+        {"model": {"path": "org/base"}, "data": data, "run": {"dir": tmp_path / "run"}}, strict=False
+    )
+    with pytest.raises(DataError) as caught:
+        load_splits(recipe, tokenizer)
+    assert [Path(problem.where or "").name for problem in caught.value.problems] == ["no.jsonl", "none.jsonl"]
+
+
+def test_more_steps_than_the_data_gives_are_said(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = texts(tmp_path / "a.jsonl", *(f"list files {index}" for index in range(6)))
+    loader = Loader(load(tokenizer, path).table, "shuffled", 1, 2, 0, 0, seq_len=64)
+    notices = [steps_notice(TrainSection(max_steps=steps), loader) for steps in (None, 2, 3, 100)]
+    assert notices[:3] == [None, None, None]
+    assert notices[3] and "max_steps is 100, but the data gives 3 steps in 1 epoch:" in notices[3]

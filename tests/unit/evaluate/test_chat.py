@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from qlora_train.errors import DataError, ModelError
+from qlora_train import api
+from qlora_train.artifacts import RunDir
+from qlora_train.cli.talk import talk
+from qlora_train.errors import DataError, ModelError, RecipeError
 from qlora_train.evaluate.chat import ChatSession
 from qlora_train.model.skeleton import load_tokenizer
 from qlora_train.model.source import Source
@@ -65,3 +71,81 @@ def test_what_the_template_refuses_is_an_error_and_not_said(model: Any, tokenize
     with pytest.raises(DataError, match="U\\+FDD0"):
         list(session.reply("\ufdd0", max_new_tokens=1))
     assert session.messages == []
+
+
+def test_an_answer_that_is_ended_stays_as_far_as_it_came(model: Any, tokenizer: Any) -> None:
+    session = ChatSession(model, tokenizer)
+    before = threading.active_count()
+    reply = session.reply("df", max_new_tokens=200, temperature=1.0)
+    said = next(reply)
+    reply.close()
+    assert threading.active_count() == before
+    assert session.messages == [{"role": "user", "content": "df"}, {"role": "assistant", "content": said.strip()}]
+    assert len(tokenizer(said)["input_ids"]) < 200
+    "".join(session.reply("ls", max_new_tokens=2))
+    assert len(session.messages) == 4
+
+
+def test_an_interrupt_ends_the_answer_and_not_the_conversation(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    session = ChatSession(model, tokenizer)
+    lines = iter(["first", "second"])
+
+    def read(prompt: str) -> str:
+        if not (line := next(lines, None)):
+            raise EOFError
+        return line
+
+    def generate(*_: Any) -> Iterator[str]:
+        yield "half an "
+        if len(session.messages) == 1:
+            raise KeyboardInterrupt
+        yield "answer"
+
+    monkeypatch.setattr("builtins.input", read)
+    monkeypatch.setattr(session, "_generate", generate)
+    talk(session, once=None, max_new_tokens=4, temperature=0.0, seed=0)
+    said = [message["content"] for message in session.messages if message["role"] == "assistant"]
+    assert said == ["half an", "half an answer"] and "half an answer" in capsys.readouterr().out
+
+
+def test_all_runs_are_looked_at_before_the_base_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "recipe.resolved.yaml").touch()
+
+    def open_run(folder: Path) -> Any:
+        if folder.name == "nosuch":
+            raise ModelError("nosuch is not a run folder", fix="name one")
+        return SimpleNamespace(run_dir=RunDir(folder), base_print=None)
+
+    monkeypatch.setattr(api, "open_run", open_run)
+    monkeypatch.setattr(api, "load_trained", lambda run: pytest.fail("the base was loaded"))
+    with pytest.raises(ModelError, match="nosuch is not"):
+        api.open_chat(tmp_path, adapters=[tmp_path / "nosuch"])
+
+
+def test_an_option_that_names_no_file_is_told_by_its_own_name(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").touch()
+    (tmp_path / "r.yaml").write_text("model: {path: org/base}\ndata: {train: [rows.jsonl]}\nrun: {dir: out}\n")
+    with pytest.raises(RecipeError, match=r"--rows: there is no file .*row\.jsonl\. Fix: nearest in .*: rows\.jsonl"):
+        api.evaluate(tmp_path, rows=tmp_path / "row.jsonl")
+    for model in ("w/nosuch.json", "nosuch.gguf", "a/b/c"):
+        with pytest.raises(RecipeError, match=f"--model: there is no file {model}"):
+            api.plan(tmp_path / "r.yaml", model=model)
+
+
+def test_a_check_tells_all_that_is_wrong_with_model_and_data(tmp_path: Path, tiny_llama_dir: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"text": 1}\n')
+    (tmp_path / "worse.jsonl").write_text('{"text": null}\n')
+    (tmp_path / "r.yaml").write_text(
+        f"model: {{path: {tiny_llama_dir}}}\ndata: {{train: [bad.jsonl], eval: [worse.jsonl], seq_len: 64}}\n"
+        "run: {dir: out}\n"
+        "adapter: {target_modules: [q_projj]}\nquant: {skip_modules: [zebra]}\n"
+    )
+    with pytest.raises(ModelError) as caught:
+        api.check(tmp_path / "r.yaml")
+    told = [
+        next(word for word in ("q_projj", "zebra", "bad.jsonl", "worse.jsonl") if word in str(problem))
+        for problem in caught.value.problems
+    ]
+    assert told == ["q_projj", "zebra", "bad.jsonl", "worse.jsonl"]

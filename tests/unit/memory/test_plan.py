@@ -52,7 +52,7 @@ def test_generation_export_and_disk_by_hand(tiny_plan: Plan) -> None:
     one_layer = 2 * 3 * (64 + 16) * 2 * 32 * 2  # keys and values of 3 rows, 2 heads of 32
     assert term("generation", "keys and values") == 5 * one_layer
     assert term("generation", "attention of prompts") == 3 * 64 * 64 + 2 * 3 * 64 * 128 * 2
-    assert term("export", "merged model in float32") == 4 * NUM_WEIGHTS
+    assert term("export", "a model in float32") == 4 * NUM_WEIGHTS
     assert term("export", "largest tensor") == 6 * 512 * 128
     assert term("export", HOST_LIBRARIES.cause) == HOST_LIBRARIES.num_bytes
     assert term("disk", "merged model") == term("disk", "download of the base") == 2 * NUM_WEIGHTS

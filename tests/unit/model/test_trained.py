@@ -42,5 +42,8 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="is not a run folder"):
         open_run(tmp_path)
     (tmp_path / "recipe.resolved.yaml").write_text("model: {}\n")
-    with pytest.raises(ModelError, match="no finished adapter yet"):
+    with pytest.raises(ModelError, match=r"no finished adapter yet\. Fix: finish it: qlora-train train RECIPE$"):
+        open_run(tmp_path)
+    (tmp_path / "ckpt" / "step-000004").mkdir(parents=True)
+    with pytest.raises(ModelError, match=r"train RECIPE --resume$"):
         open_run(tmp_path)

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from qlora_train.errors import Problem, RecipeError
+from qlora_train.recipe.advice import KEYS
 from qlora_train.recipe.load import (
     LoadedRecipe,
     load_recipe,
@@ -21,9 +22,9 @@ from qlora_train.recipe.load import (
     resolved_yaml,
     with_overrides,
 )
+from qlora_train.recipe.methods import OPTIONS
 from qlora_train.recipe.reader import MAX_BYTES, MAX_NODES, dump_value, parse
 from qlora_train.recipe.schema import Recipe
-from qlora_train.recipe.validate import KEYS, OLD_KEYS, OLD_SECTIONS, advise_key, advise_section
 
 GOOD = """\
 model: {path: org/base}
@@ -259,49 +260,6 @@ def test_a_misspelt_section_is_read_as_what_it_was_meant_to_be(here: Path) -> No
     assert "train.learning_rate" in only(GOOD + "learning_rate: 3\n").fix
 
 
-def one_edit(word: str) -> set[str]:
-    """Every deletion, every swap of neighbours, and one insertion and one replacement at every place."""
-    cuts = [(word[:i], word[i:]) for i in range(len(word) + 1)]
-    typos = {left + right[1:] for left, right in cuts if right}
-    typos |= {left + right[1] + right[0] + right[2:] for left, right in cuts if len(right) > 1}
-    typos |= {left + "x" + right for left, right in cuts} | {left + "x" + right[1:] for left, right in cuts if right}
-    return typos - {word, ""}
-
-
-@pytest.mark.parametrize("key", [f"{section}.{key}" for section, keys in KEYS.items() for key in keys])
-def test_every_typo_of_one_edit_suggests_the_right_key(key: str) -> None:
-    section, name = key.split(".")
-    for typo in one_edit(name) - set(KEYS[section]) - set(OLD_KEYS):
-        fix, meant = advise_key(section, typo)
-        assert key in meant and re.search(rf"\b{name}\b", fix), (typo, fix)
-
-
-@pytest.mark.parametrize("key", [f"{section}.{key}" for section, keys in KEYS.items() for key in keys if len(key) > 4])
-def test_typos_of_two_edits_suggest_the_right_key(key: str) -> None:
-    section, name = key.split(".")
-    for first in sorted(one_edit(name))[::9]:
-        for typo in sorted(one_edit(first) - set(KEYS[section]) - set(OLD_KEYS))[::23]:
-            assert key in advise_key(section, typo)[1], typo
-
-
-def test_typos_of_sections_suggest_the_right_section() -> None:
-    for section in KEYS:
-        for typo in one_edit(section) - set(KEYS) - set(OLD_SECTIONS):
-            assert advise_section(typo)[1] == section, typo
-
-
-def test_old_names_lead_to_keys_that_exist() -> None:
-    for old, target in OLD_KEYS.items():
-        section, _, key = target.partition(".")
-        assert key in KEYS[section]
-        if old not in KEYS[section]:
-            assert advise_key(section, old) == (f"it is called {key} here", [target])
-    assert set(OLD_SECTIONS.values()) <= set(KEYS) and not set(OLD_SECTIONS) & set(KEYS)
-    assert advise_key("train", "lora_alpha")[0] == "it is called alpha here, in the section adapter"
-    assert advise_key("train", "batch_size")[1] == ["train.micro_batch_size"]
-    assert advise_key("train", "load_in_4bit")[1] == ["quant.quant_type"]
-
-
 def test_overrides_win_and_relative_paths_start_at_the_current_folder(here: Path) -> None:
     (here / "sub").mkdir()
     path = here / "sub" / "r.yaml"
@@ -323,7 +281,8 @@ def test_overrides_win_and_relative_paths_start_at_the_current_folder(here: Path
     [
         ("train.epochs", "without a value"),
         ("train=3", "a whole section"),
-        ("train.epochs=", "no value"),
+        ("train.epochs=", "an empty value is not a number"),
+        ("train.max_steps=", "no value"),
         ("train.keep=[1", "expected ',' or ']'"),
         ("trian.epochs=1", "unknown section"),
         ("learning_rate=1", "unknown section"),
@@ -442,6 +401,8 @@ def test_every_literal_of_the_schema_is_accepted(here: Path) -> None:
         for key in keys:
             for choice in (value for value in get_args(fields[key].annotation) if isinstance(value, str | int)):
                 others = ["data.batching=shuffled"] if key == "attn_implementation" else []
+                others += [f"adapter.method={OPTIONS[key][0]}"] if section == "adapter" and key in OPTIONS else []
+                others += ["quant.quant_type=int4", f"quant.block_size={choice}"] if key == "group_size" else []
                 loaded = load(GOOD, f"{section}.{key}={choice}", *others)
                 assert getattr(getattr(loaded.recipe, section), key) == choice
 
@@ -495,3 +456,23 @@ def test_a_hub_id_may_have_a_dot(here: Path) -> None:
         assert "there is no file or folder" in only(GOOD, f"data.train={name}").what
     assert load(GOOD, "data.split=0.125").recipe.data.split == 0.125
     assert only(GOOD, "data.split=105%").what.startswith("data.split")
+
+
+def test_what_to_write_in_place_of_one_word(here: Path) -> None:
+    section = only("adapter: qlora\n" + GOOD)
+    assert section.fix == "adapter is a section here; for its first key write adapter: {method: lora}"
+    assert only(GOOD + "adapter: {target_modules: 'q_proj,v_proj'}\n").fix.endswith(": write [q_proj, v_proj]")
+
+
+def test_the_keys_of_a_section_are_listed_once(here: Path) -> None:
+    with pytest.raises(RecipeError) as error:
+        load(GOOD + "train: {zzzz: 1, qqqq: 2}\neval: {zzzz: 1}\n")
+    fixes = [problem.fix for problem in error.value.problems]
+    assert [fix.count("the keys of") for fix in fixes] == [1, 0, 1]
+
+
+def test_a_key_out_of_place_is_one_problem(here: Path) -> None:
+    recipe = load(GOOD).recipe
+    with pytest.raises(RecipeError) as error:
+        with_overrides(recipe, ["data.train=[a.jsonl]"], ["eval"])
+    assert len(error.value.problems) == 1 and "cannot be changed here" in str(error.value)

@@ -9,13 +9,15 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
 
+from qlora_train.adapters.hooks import MethodHooks
 from qlora_train.adapters.state import adapter_tensors
-from qlora_train.artifacts import MANIFEST, RunDir, explained
+from qlora_train.artifacts import MANIFEST, RunDir, explained, manifest_faults
 from qlora_train.errors import MachineError, ResumeError
 from qlora_train.recipe.schema import TrainSection
 from qlora_train.train import checkpoint as checkpoint_module
@@ -27,6 +29,7 @@ from qlora_train.train.checkpoint import (
     restore_checkpoint,
     retire_old,
     save_checkpoint,
+    stored_environment,
     when_there_is_room,
 )
 from qlora_train.train.optim import build_optimizer, optimizer_tensors, trainable_parameters
@@ -229,3 +232,44 @@ def test_retire_old_keeps_the_newest_and_the_best(
     retire_old(run_dir, keep, best)
     assert list(list_steps(run_dir)) == left
     assert len(list(run_dir.checkpoints.iterdir())) == len(left)
+
+
+class Method(MethodHooks):
+    """Keeps a tensor and plain values."""
+
+    def __init__(self, state: dict[str, Any]) -> None:
+        self.state = state
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.state
+
+    def load_state_dict(self, state: Any) -> None:
+        if "ranks" not in state:
+            raise ValueError("the ranks are missing")
+        self.state = dict(state)
+
+
+def test_what_a_method_keeps_comes_back_to_the_bit(
+    run_dir: RunDir, model: PeftModel, optimizer: torch.optim.AdamW
+) -> None:
+    kept: dict[str, Any] = {
+        "importance": torch.tensor([1.0, float("inf"), -0.0]),
+        "ranks": {"q_proj": 3},
+        "budget": 0.1,
+    }
+    saved = save_checkpoint(run_dir, TrainState(step=2), model, optimizer, BINDING, Method(kept), {"threads": 3})
+    assert not manifest_faults(saved.folder) and stored_environment(saved) == {"threads": 3}
+    method = Method({})
+    restore_checkpoint(saved, model, optimizer, BINDING, method)
+    assert torch.equal(method.state.pop("importance"), kept.pop("importance")) and method.state == kept
+
+
+def test_a_method_and_a_checkpoint_that_do_not_fit_are_refused(
+    run_dir: RunDir, model: PeftModel, optimizer: torch.optim.AdamW
+) -> None:
+    without = save_checkpoint(run_dir, TrainState(step=2), model, optimizer, BINDING)
+    with pytest.raises(ResumeError, match="step-000002: the ranks are missing"):
+        restore_checkpoint(without, model, optimizer, BINDING, Method({}))
+    kept = save_checkpoint(run_dir, TrainState(step=3), model, optimizer, BINDING, Method({"ranks": 1}))
+    with pytest.raises(ResumeError, match="step-000003: this method keeps no state, and there is one: ranks"):
+        restore_checkpoint(kept, model, optimizer, BINDING)

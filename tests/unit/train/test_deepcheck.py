@@ -166,13 +166,13 @@ def test_an_a_that_never_learns_is_named(prepared: Prepared) -> None:
 def test_experts_that_no_token_reached_are_spared(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deepcheck, "has_experts", lambda _: True)
     names = ["model.layers.0.mlp.experts.3.up_proj", "model.layers.0.self_attn.q_proj"]
-    monkeypatch.setattr(deepcheck, "lora_layers", lambda _: dict.fromkeys(names))
+    monkeypatch.setattr(deepcheck, "_layers_with", lambda model, parts: names)
     one, zero = torch.ones(1), torch.zeros(1)
-    spared = deepcheck._reached("", prepared.job, {f"{names[1]}.lora_B.default.weight": one}, "lora_B")
+    spared = deepcheck._reached("", prepared.job, {f"{names[1]}.lora_B.default.weight": one}, ["lora_B"])
     assert spared.ok and spared.bar == "all but 1 experts that no token reached"
-    assert not deepcheck._reached("", prepared.job, {f"{names[1]}.lora_B.default.weight": zero}, "lora_B").ok
+    assert not deepcheck._reached("", prepared.job, {f"{names[1]}.lora_B.default.weight": zero}, ["lora_B"]).ok
     nan = torch.full((1,), float("nan"))
-    assert not deepcheck._reached("", prepared.job, {f"{names[1]}.lora_B.default.weight": nan}, "lora_B").ok
+    assert not deepcheck._reached("", prepared.job, {f"{names[1]}.lora_B.default.weight": nan}, ["lora_B"]).ok
 
 
 def test_a_base_that_changes_when_it_runs_is_found(prepared: Prepared) -> None:

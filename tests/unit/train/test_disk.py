@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoConfig
@@ -12,10 +13,22 @@ from qlora_train.artifacts import RunDir
 from qlora_train.errors import MachineError
 from qlora_train.recipe.load import load_recipe
 from qlora_train.recipe.schema import Recipe
-from qlora_train.train.disk import folder_terms, refuse_full_disk
+from qlora_train.train.disk import EXPORT, disk_terms_of, refuse_full_disk
 from tests.commandline import write_recipe
 
 ADAPTER = 16_384 * 4  # r = 4 on all 14 linear layers of the tiny Llama, in float32
+NUM_WEIGHTS = 512 * 128 + 2 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 256 * 128 + 2 * 128) + 128
+
+
+def report_free(monkeypatch: pytest.MonkeyPatch, num_bytes: int) -> None:
+    """Let the disk seem to have so much room."""
+    real = getattr(shutil.disk_usage, "real", shutil.disk_usage)
+
+    def usage(path: Path) -> Any:
+        return real(path)._replace(free=num_bytes)
+
+    usage.real = real  # type: ignore[attr-defined]
+    monkeypatch.setattr(shutil, "disk_usage", usage)
 
 
 @pytest.fixture
@@ -25,8 +38,9 @@ def recipe(tmp_path: Path, tiny_llama_dir: Path) -> Recipe:
 
 def test_causes_and_bytes(recipe: Recipe, tiny_llama_dir: Path) -> None:
     """Three are kept, the best one, and the one that is written; each is adapter and two moments."""
-    found = {t.cause: t.num_bytes for t in folder_terms(recipe, AutoConfig.from_pretrained(tiny_llama_dir))}
-    assert found.keys() == {"checkpoints", "adapter"} and found["adapter"] == ADAPTER
+    found = {t.cause: t.num_bytes for t in disk_terms_of(recipe, AutoConfig.from_pretrained(tiny_llama_dir))}
+    assert found.keys() == {"checkpoints", "adapter", EXPORT} and found["adapter"] == ADAPTER
+    assert found[EXPORT] == 2 * NUM_WEIGHTS
     assert 0 <= found["checkpoints"] - 5 * 3 * ADAPTER < 5 * 4096, "and a step for each of 28 parameters"
 
 
@@ -34,17 +48,30 @@ def test_what_the_run_wrote_before_is_room(
     recipe: Recipe, tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, run_dir = AutoConfig.from_pretrained(tiny_llama_dir), RunDir(tmp_path / "run")
-    needed = sum(term.num_bytes for term in folder_terms(recipe, config))
-    free = needed - 1
-    real = shutil.disk_usage
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: real(path)._replace(free=free))
-    with pytest.raises(MachineError, match=r"will hold 1\.0 MiB, and 1\.0 MiB are free .*checkpoints: .*adapter: "):
+    needed = sum(term.num_bytes for term in disk_terms_of(recipe, config) if term.cause != EXPORT)
+    report_free(monkeypatch, needed - 1)
+    with pytest.raises(
+        MachineError,
+        match=r"will hold 1\.0 MiB, and 1\.0 MiB are free .*checkpoints: .*adapter: .*needs 0\.7 MiB more",
+    ):
         refuse_full_disk(recipe, config, run_dir)
     assert not run_dir.root.exists()
     (run_dir.checkpoints / "step-000002").mkdir(parents=True)
     (run_dir.checkpoints / "step-000002" / "x").write_bytes(b"x")
-    refuse_full_disk(recipe, config, run_dir)
+    assert "an export 0.7 MiB" in str(refuse_full_disk(recipe, config, run_dir)), "which is a warning"
+
+
+def test_an_export_that_will_not_fit_is_said(
+    recipe: Recipe, tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, run_dir = AutoConfig.from_pretrained(tiny_llama_dir), RunDir(tmp_path / "run")
+    needed = sum(term.num_bytes for term in disk_terms_of(recipe, config))
+    report_free(monkeypatch, needed - 1)
+    notice = refuse_full_disk(recipe, config, run_dir)
+    assert notice is not None and "will hold 1.0 MiB, and an export 0.7 MiB: 1." in notice
+    report_free(monkeypatch, needed)
+    assert refuse_full_disk(recipe, config, run_dir) is None
 
 
 def test_a_model_that_cannot_be_traced_is_not_refused(recipe: Recipe, tmp_path: Path) -> None:
-    refuse_full_disk(recipe, object(), RunDir(tmp_path / "run"))
+    assert refuse_full_disk(recipe, object(), RunDir(tmp_path / "run")) is None

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from qlora_train.adapters.hooks import NO_HOOKS
 from qlora_train.data.loader import Loader
 from qlora_train.errors import ResumeError
 from qlora_train.recipe.schema import DataSection, ModelSection, Recipe, RunSection, SourceSection, TrainSection
 from qlora_train.train import loop
-from qlora_train.train.loop import Job, _check_position, run_loop
+from qlora_train.train.job import Job
+from qlora_train.train.loop import check_position, run_loop
 from qlora_train.train.state import TrainState
 from qlora_train.train.step import StepResult
 from tests.loading import CPU
@@ -32,27 +34,30 @@ def test_the_position_of_a_checkpoint_must_be_the_loader_s() -> None:
     assert sorted(rows[:3]) == sorted(rows[3:]) == [1, 2, 2]
     digests = [loader.plan_digest(0)] * 3 + [loader.plan_digest(3)] * 3 + [loader.plan_digest(6)]
     for step in range(7):
-        _check_position(loader, TrainState(step=step, num_rows=sum(rows[:step]), plan_sha256=digests[step]))
+        check_position(loader, TrainState(step=step, num_rows=sum(rows[:step]), plan_sha256=digests[step]))
     with pytest.raises(ResumeError, match="6 rows were consumed by step 3, 5 in today's order"):
-        _check_position(loader, TrainState(step=3, num_rows=6, plan_sha256=digests[3]))
+        check_position(loader, TrainState(step=3, num_rows=6, plan_sha256=digests[3]))
 
 
 def test_as_many_rows_in_another_order_are_refused() -> None:
     then, now = loader_of(seed=1), loader_of()
     state = TrainState(step=3, num_rows=5, plan_sha256=then.plan_digest(3))
-    _check_position(then, state)
+    check_position(then, state)
     with pytest.raises(ResumeError, match="library versions that began the run") as caught:
-        _check_position(now, state)
+        check_position(now, state)
     assert f"{now.plan_digest(3)[:16]} today" in str(caught.value)
     assert f"was {then.plan_digest(3)[:16]}" in str(caught.value)
 
 
 def test_a_new_run_has_no_order_to_compare() -> None:
-    _check_position(loader_of(), TrainState())
+    check_position(loader_of(), TrainState())
 
 
 def test_the_loop_saves_the_order_of_the_next_step_s_epoch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     saved: list[TrainState] = []
+
+    def list_of(*_: Any) -> list[str]:
+        return []
 
     def step_of(_causal: Any, batches: Any, *_: Any, **__: Any) -> StepResult:
         return StepResult(1.0, 1.0, sum(len(batch.row_ids) for batch in batches), 1, 1)
@@ -71,8 +76,12 @@ def test_the_loop_saves_the_order_of_the_next_step_s_epoch(monkeypatch: pytest.M
         **{name: lambda *_, **__: None for name in names}, device=CPU, peak_bytes=0, folder=tmp_path
     )
     anything.during, anything.wants_checkpoint, anything.save_requested = lambda *_: nullcontext(), False, False
-    job = Job(recipe, anything, anything, anything, anything, anything, loader_of(), None, 0, anything, anything)
-    run_loop(job, TrainState(), anything, anything, anything)
+    monkeypatch.setattr(loop, "FlightRecorder", lambda *_: SimpleNamespace(recording=anything.during, note=list_of))
+    optimizer: Any = SimpleNamespace(param_groups=[{}])
+    names = [field.name for field in fields(Job)]
+    parts: dict[str, Any] = dict.fromkeys(names, anything)
+    parts |= {"recipe": recipe, "loader": loader_of(), "eval_table": None, "optimizer": optimizer, "hooks": NO_HOOKS}
+    run_loop(Job(**parts), TrainState(), anything, anything, anything, command="")
     digests = [loader_of().plan_digest(step) for step in (1, 2, 3, 4)]
     assert [(state.step, state.plan_sha256) for state in saved] == list(zip((1, 2, 3, 4), digests, strict=True))
     assert digests[0] == digests[1] != digests[2] == digests[3]

@@ -34,7 +34,9 @@ def test_a_sound_model_passes(family: str, dtype: torch.dtype) -> None:
     assert (result.num_rows, result.num_tokens, result.change_in_other_rows) == (4, 68, 0.0)
     assert result.loss_together == pytest.approx(result.loss_alone, rel=1e-5 if dtype == torch.float32 else 1e-2)
     assert result.change_in_the_row is not None and result.change_in_the_row > 0.1
-    assert result.summary().startswith("4 rows, 68 tokens: loss ") and "changes other rows by 0" in result.summary()
+    assert (
+        result.summary().startswith("4 rows, 68 tokens: summed loss ") and "changes other rows by 0" in result.summary()
+    )
     assert result.as_dict()["num_tokens"] == 68
 
 

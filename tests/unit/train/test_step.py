@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from qlora_train.adapters.hooks import MethodHooks
 from qlora_train.data.loader import MicroBatch
 from qlora_train.errors import NumericsError
 from qlora_train.train.step import HALF_UPDATED, StepResult, accumulate_gradients, train_step
@@ -147,3 +148,68 @@ def test_an_update_that_fails_says_that_it_is_half_done(monkeypatch: pytest.Monk
     with pytest.raises(MemoryError) as caught:
         step(model, [batch(1, 1)], 1.0)
     assert not hasattr(caught.value, "__notes__"), "nothing was changed yet"
+
+
+class Method(MethodHooks):
+    """Adds a penalty of known gradient, doubles the gradients after clipping, and notes what it saw."""
+
+    def __init__(self, model: Linear) -> None:
+        self.model, self.calls = model, list[Any]()
+
+    def extra_loss(self, share: float) -> torch.Tensor:
+        self.calls.append(("extra_loss", share))
+        return 4 * share * self.model.parameters[0].sum()
+
+    def before_step(self, step: int, optimizer: torch.optim.Optimizer) -> None:
+        assert torch.equal(self.model.parameters[0], START[0]), "not updated yet"
+        for parameter in self.model.parameters:
+            assert parameter.grad is not None
+            parameter.grad *= 2
+        self.calls.append(("before_step", step))
+
+    def after_step(self, step: int, optimizer: torch.optim.Optimizer) -> None:
+        gone = [p for p in self.model.parameters if p.grad is None]
+        self.calls.append(("after_step", step, float(self.model.parameters[0].detach()[0]), len(gone)))
+
+
+def test_a_method_is_asked_in_order_and_its_loss_is_apart() -> None:
+    """The step's gradient is 2 (direction + 4) of the first tensor, from two micro-batches of 3 and 1 tokens."""
+    model, engine = Linear(*DIRECTIONS), Engine()
+    optimizer, method = torch.optim.SGD(model.parameters, lr=1.0), Method(model)
+    result = train_step(
+        model,  # type: ignore[arg-type]
+        [batch(1, 3), batch(1, 1)],
+        optimizer,
+        engine,  # type: ignore[arg-type]
+        seed=0,
+        step=4,
+        learning_rate=1.0,
+        max_grad_norm=0.0,
+        hooks=method,
+    )
+    first = START[0] - 2 * (DIRECTIONS[0] + 4)
+    assert torch.equal(model.parameters[0].detach(), first)
+    assert method.calls == [
+        ("extra_loss", 0.75),
+        ("extra_loss", 0.25),
+        ("before_step", 4),
+        ("after_step", 4, float(first[0]), 0),
+    ]
+    assert result.extra_loss == 12.0, "4 x (1 + 2)"
+    assert result.loss == float((DIRECTIONS[0] * START[0]).sum() + (DIRECTIONS[1] * START[1]).sum())
+    assert result.grad_norms is not None and result.grad_norms.tolist() == [6.0, float(DIRECTIONS[1].norm())]
+
+
+@pytest.mark.parametrize("name", ["before_step", "after_step"])
+def test_a_method_that_fails_around_the_update_leaves_it_half_done(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    model, engine = Linear(*DIRECTIONS), Engine()
+    method = MethodHooks()
+    monkeypatch.setattr(method, name, fail)
+    optimizer = torch.optim.SGD(model.parameters, lr=1.0)
+    options: dict[str, Any] = {"seed": 0, "step": 4, "learning_rate": 1.0, "max_grad_norm": 0.0, "hooks": method}
+    with pytest.raises(MemoryError) as caught:
+        train_step(model, [batch(1, 3)], optimizer, engine, **options)  # type: ignore[arg-type]
+    assert caught.value.__notes__ == [HALF_UPDATED]

@@ -1,0 +1,83 @@
+"""Finished adapters as the experts of a mixture: read, and laid side by side in the layers of the router."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from qlora_train.adapters.config import AdapterConfig, build_config
+from qlora_train.adapters.fold import read_deltas
+from qlora_train.adapters.layers import Lora4bit, LoraFloat, lora_layers
+from qlora_train.adapters.state import load_adapter_config
+from qlora_train.adapters.updates import Delta
+from qlora_train.errors import ModelError
+from qlora_train.recipe.methods import METHODS
+from qlora_train.recipe.schema import AdapterSection
+
+_PREFIX = "base_model.model."
+
+
+def mixture_config(section: AdapterSection) -> AdapterConfig:
+    """The router's config: rank N times the experts' largest, on every module that one of them adapts, scaling one.
+
+    The router's folder holds the experts too and needs none of their folders again; it keeps their names.
+    """
+    experts = [read_deltas(folder) for folder in section.experts]
+    width = max(delta.lora_A.shape[0] for deltas in experts for delta in deltas.values())
+    modules = sorted({name.removesuffix(".weight") for deltas in experts for name in deltas})
+    asked = [load_adapter_config(folder).target_modules for folder in section.experts]
+    targets = "all-linear" if asked == ["all-linear"] * len(asked) else modules
+    rank = width * len(experts)
+    return build_config(
+        METHODS[section.method],
+        {"experts": [name_of(folder) for folder in section.experts], "balance": section.balance},
+        r=rank,
+        lora_alpha=rank,
+        lora_dropout=section.dropout,
+        target_modules=targets,
+    )
+
+
+def name_of(folder: Path) -> str:
+    """What to call an expert: its run, or its own folder.
+
+    >>> name_of(Path("/runs/shell/adapter"))
+    'shell'
+    """
+    return folder.parent.name if folder.name == "adapter" else folder.name
+
+
+@torch.no_grad()
+def fill_experts(model: PeftModel, folders: Sequence[Path]) -> None:
+    """Put the experts' factors into a router that `mixture_config` described; a module that one lacks gets zeros.
+
+    ModelError where an expert's update fits no layer of the model.
+    """
+    layers = {name.removeprefix(_PREFIX): layer for name, layer in lora_layers(model).items()}
+    for index, folder in enumerate(folders):
+        for name, delta in read_deltas(folder).items():
+            layer = layers.get(name.removesuffix(".weight"))
+            if layer is None or delta.shape != (layer.out_features, layer.in_features):
+                raise ModelError(
+                    f"adapter.experts: {folder}: its update of {name} fits no adapted layer of this model",
+                    fix="use adapters of this base",
+                )
+            _place(layer, index, len(folders), delta)
+
+
+def _place(layer: Lora4bit | LoraFloat, index: int, count: int, delta: Delta) -> None:
+    (adapter,) = layer.active_adapters
+    weight_A: Tensor = layer.lora_A[adapter].weight
+    weight_B: Tensor = layer.lora_B[adapter].weight
+    if weight_A.is_meta:  # a plan
+        return
+    if index == 0:
+        weight_A.zero_()
+        weight_B.zero_()
+    first, r = index * (weight_A.shape[0] // count), delta.lora_A.shape[0]
+    weight_A[first : first + r] = delta.lora_A
+    weight_B[:, first : first + r] = delta.lora_B * delta.scaling

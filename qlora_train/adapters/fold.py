@@ -1,0 +1,54 @@
+"""What an adapter folder does to each weight of the base, as one kind of object for merging, export and analysis."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from qlora_train.adapters.state import load_adapter_config, read_adapter_tensors, split_name
+from qlora_train.adapters.updates import Delta as Delta
+from qlora_train.adapters.updates import RowDelta
+from qlora_train.adapters.updates import Update as Update
+from qlora_train.errors import ModelError
+
+_PEFT_PREFIX = "base_model.model."
+
+
+def read_updates(adapter: Path) -> dict[str, Update]:
+    """The updates of an adapter folder, whatever its method, by the base's parameter name.
+
+    Most are a `Delta`; DoRA's is a rescaling of rows. ModelError where no weight does what the adapter does.
+    """
+    config = load_adapter_config(adapter)
+    modules: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in read_adapter_tensors(adapter).items():
+        module, attribute = split_name(name)
+        modules.setdefault(module, {})[attribute] = tensor
+    return {
+        f"{module.removeprefix(_PEFT_PREFIX)}.{parameter}": update
+        for module in sorted(modules)
+        for parameter, update in config.form.updates(modules[module], config.scaling_of(module)).items()
+    }
+
+
+def read_deltas(adapter: Path) -> dict[str, Delta]:
+    """The updates of an adapter folder as two factors and a number each, which is what every program can load.
+
+    ModelError for a method whose updates are no such product.
+    """
+    updates = read_updates(adapter)
+    deltas = {name: update for name, update in updates.items() if isinstance(update, Delta)}
+    if tables := [name for name, update in updates.items() if isinstance(update, RowDelta)]:
+        raise ModelError(
+            f"{adapter}: it adapts the token embedding ({tables[0]}), which this format has no factors for",
+            fix="serve the run's own adapter folder, which PEFT loads, or merge it: qlora-train export",
+        )
+    if other := sorted(updates.keys() - deltas.keys()):
+        method = load_adapter_config(adapter).method
+        raise ModelError(
+            f"{adapter}: {method.title} changes {len(other)} weights by no product of two factors, first {other[0]}: "
+            "it cannot be plain LoRA",
+            fix="merge it into a plain weight: qlora-train export",
+        )
+    return deltas

@@ -1,0 +1,68 @@
+"""MoLE: a router that weighs finished LoRA adapters for each token; only the router trains (arXiv 2404.13628)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora_train.adapters.forms.base import Form, Shapes, Tensors
+from qlora_train.adapters.updates import Update
+from qlora_train.errors import ModelError
+
+GATE, TAU = "lora_mole_gate", "lora_mole_tau"
+
+
+class MixtureForm(Form):
+    """`y = W x + sum_i g_i B_i A_i x` with `g = softmax(W_g x / tau)` for each token and layer.
+
+    The experts' A_i stand below each other in lora_A (N r, in) and their B_i, scaling included, side by side in lora_B
+    (out, N r); both are frozen. W_g (N, in) starts at zero, where every expert has the weight 1 / N, and tau (1,) at
+    one. The paper's gate reads all positions of a block, which in a causal model would look ahead: this one reads the
+    token's own input, so that no output depends on a later token (tests/methods/test_mole.py). It is the layer's alone
+    (the paper's matrix-wise granularity). No weight does the same for every input: it cannot be merged or folded.
+    Cost beside LoRA's of rank N r: N in multiplications a token.
+    """
+
+    frozen = ("lora_A", "lora_B")
+
+    def __init__(self, num_experts: int) -> None:
+        self.num_experts = num_experts
+        self.masked: frozenset[int] = frozenset()  # experts that get no weight; the others share it out anew
+
+    def shapes(self, r: int, num_in: int, num_out: int) -> Shapes:
+        """W_g and tau besides; r is N times an expert's."""
+        return {**super().shapes(r, num_in, num_out), GATE: (self.num_experts, num_in), TAU: (1,)}
+
+    def start(self, tensors: dict[str, Tensor], layer: object) -> None:
+        """Equal weights. The experts are filled in by `adapters.experts`."""
+        nn.init.zeros_(tensors[GATE])
+        nn.init.ones_(tensors[TAU])
+
+    def gates(self, tensors: Tensors, x: Tensor) -> Tensor:
+        """(..., N) in float32: not below zero, of sum one for each token."""
+        logits = nn.functional.linear(x.float(), tensors[GATE]) / tensors[TAU]
+        if self.masked:
+            logits = logits.index_fill(-1, torch.tensor(sorted(self.masked), device=x.device), -torch.inf)
+        return logits.softmax(dim=-1)
+
+    def own_forward(self, layer: Any, adapter: str, x: Tensor) -> Tensor:
+        """The layer's output; the mean gates of the call are left on the layer for the balance loss."""
+        tensors = layer.own_tensors()
+        gates = self.gates(tensors, x)
+        if torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1:  # not in a recomputation
+            layer.mean_gates = gates.flatten(0, -2).mean(dim=0)
+        down = nn.functional.linear(layer.lora_dropout[adapter](x), tensors["lora_A"].to(x.dtype))
+        weights = gates.repeat_interleave(down.shape[-1] // self.num_experts, dim=-1)
+        update = nn.functional.linear(down * weights.to(x.dtype), tensors["lora_B"].to(x.dtype))
+        result: Tensor = update * layer.scaling[adapter] + layer.base_layer(x)
+        return result
+
+    def update(self, tensors: Tensors, scaling: float) -> Update:
+        """There is none."""
+        raise ModelError(
+            "MoLE weighs its experts anew for each token: no weight does what this adapter does, so that it can be "
+            "neither merged nor folded",
+            fix="serve it with qlora-train chat, or give its experts fixed weights: qlora-train adapter combine",
+        )

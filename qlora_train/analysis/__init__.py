@@ -1,0 +1,1 @@
+"""Instruments to look inside an adapter, and tools that make one adapter out of others."""

@@ -1,0 +1,57 @@
+"""Upload an export to the hub. What would stand in the way is found before any work is done."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+from qlora_train.errors import MachineError, RecipeError
+
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+
+
+def check_push(repository: str) -> None:
+    """RecipeError for what is no name, MachineError where the hub is out of reach or the token may not write there."""
+    if not _REPOSITORY.fullmatch(repository):
+        raise RecipeError(f"--push {repository}: this is no name on the hub", fix="write ORG/NAME")
+    if constants.HF_HUB_OFFLINE:
+        raise MachineError("--push needs the hub, and HF_HUB_OFFLINE is set", fix="unset it, or leave --push away")
+    if get_token() is None:
+        raise MachineError("--push needs a token of the hub, and there is none", fix="run `hf auth login` first")
+    try:
+        known = HfApi().whoami()
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+        raise MachineError(
+            f"--push: the hub does not take the token: {_reason(error)}", fix="run `hf auth login`"
+        ) from error
+    owner = repository.partition("/")[0]
+    names = {known.get("name"), *(org.get("name") for org in known.get("orgs") or ())}
+    if owner not in names:
+        raise MachineError(
+            f"--push {repository}: the token is of {known.get('name')}, which is no member of {owner}",
+            fix="name another owner, or log in as one that may write there",
+        )
+
+
+def push(folder: Path, repository: str) -> str:
+    """Upload a published export into a repository, made private where there is none; its address.
+
+    MachineError when the hub refuses; the folder stays as it is, and the message says how to try again.
+    """
+    try:
+        api = HfApi()
+        api.create_repo(repository, private=True, exist_ok=True)
+        done = api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload the merged model")
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
+        raise MachineError(
+            f"the upload to {repository} failed: {_reason(error)}",
+            fix=f"the export is whole in {folder}; try again with: hf upload {repository} {folder}",
+        ) from error
+    return str(done.commit_url)
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

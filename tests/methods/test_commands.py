@@ -1,0 +1,104 @@
+"""Every method through the command line: trained by a recipe, resumed to the bit, exported and verified, or refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_train.recipe.methods import METHODS
+from tests.commandline import run_cli, write_recipe
+from tests.methods.cases import section_of
+
+NUM_STEPS = 6
+KEYS: dict[str, dict[str, Any]] = {
+    "adalora": {"schedule_every": 1, "schedule_start_frac": 0.17, "schedule_end_frac": 0.17},
+    "aflora": {"schedule_every": 1, "schedule_start_frac": 0.17, "schedule_end_frac": 0.17},
+}
+# What the log must show of a rule or a schedule, beside the loss.
+LOGGED = {
+    "adalora": {"num_triplets", "extra_loss"},
+    "aflora": {"num_frozen_tensors", "trainable_frac"},
+    "mole": {"gate_0", "gate_1", "extra_loss"},
+}
+
+
+def recipe(folder: Path, model: Path, method: str, experts: list[Path]) -> Path:
+    """The method on the tiny model; what is left at its default is left out."""
+    section = section_of(method, experts, **KEYS.get(method, {}))
+    given = {key: value for key, value in section.model_dump(mode="json").items() if key in section.model_fields_set}
+    folder.mkdir()
+    path = write_recipe(
+        folder,
+        model,
+        train__epochs=2,
+        train__max_steps=NUM_STEPS,
+        train__save_every=3,
+        train__keep=5,
+        eval__generate_rows=0,
+    )
+    sections = json.loads(path.read_text())
+    sections["adapter"] = given
+    if method == "qalora":
+        sections["quant"] = {"quant_type": "int4", "block_size": 32}
+    path.write_text(json.dumps(sections))
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_trained_resumed_and_exported(method: str, tiny_dir: Path, experts: list[Path], tmp_path: Path) -> None:
+    straight = recipe(tmp_path / "straight", tiny_dir, method, experts)
+    outcome = run_cli("train", straight, "--json")
+    assert outcome.code == 0, outcome.err
+    lines = [json.loads(line) for line in (straight.parent / "run" / "metrics.jsonl").read_text().splitlines()]
+    logged = [line for line in lines if line["kind"] == "train"]
+    assert len(logged) == NUM_STEPS
+    assert LOGGED.get(method, set()) <= logged[-1].keys()
+
+    again = recipe(tmp_path / "again", tiny_dir, method, experts)
+    assert run_cli("train", again, "--json").code == 0
+    resumed = run_cli("train", again, "--resume", "--from", "3", "--json")
+    assert resumed.code == 0, resumed.err
+    names = ["adapter_model.safetensors", "adapter_config.json"]
+    ours, theirs = (
+        [(path.parent / "run" / "adapter" / name).read_bytes() for name in names] for path in (straight, again)
+    )
+    assert ours == theirs, "resumed from step 3 it is the straight run to the bit"
+
+    exported = run_cli("export", straight.parent / "run", tmp_path / "merged", "--json")
+    if METHODS[method].merges == "none":
+        assert exported.code == 4 and "neither merged nor folded" in exported.err
+        assert not (tmp_path / "merged").exists()
+        return
+    assert exported.code == 0, exported.err
+    assert json.loads(exported.out)["verdict"]["accepted"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"method": "lora", "structure": "ctcm"}, "adapter.structure has no effect: adapter.method is lora"),
+        ({"method": "mtlora", "target_r": 2}, "adapter.target_r has no effect: adapter.method is mtlora"),
+        ({"method": "mtlora", "structure": "cd"}, 'adapter.structure: "cd" is not one of shim, icfm, ctcm, dtsm'),
+        ({"method": "adalora"}, "adapter.target_r is missing"),
+        ({"method": "adalora", "r": 4, "target_r": 4}, "adapter.target_r: 4 is not below adapter.r, 4"),
+        ({"method": "aflora", "schedule_start_frac": 0.5, "schedule_end_frac": 0.5}, "no step is left between them"),
+        ({"method": "mole", "experts": ["nowhere"]}, "adapter.experts names 1 adapters"),
+        ({"method": "mole", "r": 8, "experts": []}, "adapter.r has no effect: adapter.method is mole"),
+        ({"method": "delta", "alpha": 8}, "adapter.alpha has no effect: adapter.method is delta"),
+        ({"method": "florra_core"}, "did you mean flora_core?"),
+    ],
+    ids=str,
+)
+def test_a_key_that_the_method_does_not_read_is_refused(
+    keys: dict[str, Any], words: str, tiny_dir: Path, tmp_path: Path
+) -> None:
+    path = write_recipe(tmp_path, tiny_dir)
+    sections = json.loads(path.read_text())
+    sections["adapter"] = keys
+    path.write_text(json.dumps(sections))
+    outcome = run_cli("check", path)
+    assert outcome.code == 2 and words in " ".join(outcome.err.split()), outcome.err

@@ -1,0 +1,211 @@
+"""Starts on a real NF4 base: what the model computes at step 0, what a saved adapter gives back, and what is folded."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from qlora_train.adapters.attach import attach_adapter, load_adapter
+from qlora_train.adapters.fold import read_updates
+from qlora_train.adapters.forms.base import base_weight, layer_tensors
+from qlora_train.adapters.inits.residual import read_taken, taken_by, untrained
+from qlora_train.adapters.layers import delta_weight, lora_layers
+from qlora_train.adapters.state import save_adapter
+from qlora_train.adapters.updates import Delta
+from qlora_train.model.load import Base
+from qlora_train.model.start import Weights, parameter_of, rebuild, start_from_weights
+from qlora_train.quant.bnb import dequantize
+from qlora_train.quant.fingerprint import print_base
+from qlora_train.recipe.schema import AdapterSection
+from tests.loading import CPU, tiny_base
+from tests.tiny import build_tiny_llama
+
+IDS = torch.tensor([[3, 7, 100, 250, 31, 2, 8]])
+OFFSETS = ("milora", "olora")
+RESIDUALS = (("pissa", 1), ("pissa", 3), ("loftq", 3))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights whose spectra fall off, as trained ones do: of flat ones no start can make anything."""
+    from safetensors.torch import load_file, save_file
+
+    made = build_tiny_llama(tmp_path_factory.mktemp("starts"), num_hidden_layers=1)
+    path = made / "model.safetensors"
+    tensors = load_file(path)
+    generator = torch.Generator().manual_seed(5)
+    for name, tensor in tensors.items():
+        if name.endswith("_proj.weight"):
+            left, right = torch.randn(tensor.shape[0], 3, generator=generator), torch.randn(3, tensor.shape[1])
+            tensors[name] = (tensor.float() + 0.01 * left @ right).to(torch.bfloat16)
+    save_file(tensors, path, metadata={"format": "pt"})
+    return made
+
+
+def started(folder: Path, method: str, quant: dict[str, Any] | None = None, **keys: Any) -> tuple[Base, PeftModel]:
+    section = AdapterSection(**{"method": method, "r": 4, "alpha": 8.0, **keys})
+    base = tiny_base(folder, **(quant or {}))
+    model = attach_adapter(base.model, section, 0, base_name="tiny")
+    return start_from_weights(base, model, section), model.eval()
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    found: Tensor = model(input_ids=IDS).logits
+    return found
+
+
+@torch.no_grad()
+def train_a_little(model: PeftModel) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+
+
+def errors(base: Base, model: PeftModel) -> tuple[float, float]:
+    """Relative distance from the original weights: of the base as loaded, and of the started base with its adapter."""
+    weights, plain = Weights(base), tiny_base(base.source.folder)
+    loaded = found = total = 0.0
+    for name, layer in lora_layers(model).items():
+        original = weights.read(parameter_of(name), CPU)
+        module = plain.model.get_submodule(name.removeprefix("base_model.model."))
+        loaded += float((dequantize(module.weight) - original).square().sum())
+        found += float((base_weight(layer) + delta_weight(layer, "default") - original).square().sum())
+        total += float(original.square().sum())
+    return (loaded / total) ** 0.5, (found / total) ** 0.5
+
+
+@pytest.mark.parametrize("method", OFFSETS)
+def test_an_offset_start_changes_nothing_to_the_bit(folder: Path, method: str) -> None:
+    plain = tiny_base(folder)
+    base, model = started(folder, method)
+    assert base.print.digest == plain.print.digest == print_base(base.model).digest
+    assert torch.equal(logits(model), logits(plain.model))
+    for layer in lora_layers(model).values():
+        tensors = layer_tensors(layer, "default")
+        assert torch.equal(tensors["lora_A"], tensors["lora_start_A"]) and bool(tensors["lora_B"].any())
+    train_a_little(model)
+    assert float((logits(model) - logits(plain.model)).abs().max()) > 1e-2, "negative control: training shows"
+
+
+@pytest.mark.parametrize("method", OFFSETS)
+def test_an_offset_adapter_is_plain_lora_of_twice_the_rank(folder: Path, method: str, tmp_path: Path) -> None:
+    _, model = started(folder, method)
+    train_a_little(model)
+    save_adapter(model, tmp_path)
+    updates = read_updates(tmp_path)
+    with torch.no_grad():
+        for name, layer in lora_layers(model).items():
+            update = updates[parameter_of(name)]
+            assert isinstance(update, Delta) and update.lora_A.shape[0] == 8
+            x = torch.randn(3, layer.in_features)
+            dense = torch.nn.functional.linear(x, update.applied(base_weight(layer)))
+            assert torch.allclose(layer(x), dense, atol=1e-5)
+            tensors = layer_tensors(layer, "default")
+            product = 2.0 * (tensors["lora_B"] @ tensors["lora_A"] - tensors["lora_start_B"] @ tensors["lora_start_A"])
+            assert torch.allclose(update.dense(CPU), product, atol=1e-5)
+    again = load_adapter(tiny_base(folder).model, tmp_path).eval()
+    assert torch.equal(logits(again), logits(model))
+
+
+@pytest.mark.parametrize(("method", "iters"), RESIDUALS)
+def test_a_residual_base_is_rebuilt_from_the_adapter_to_the_bit(
+    folder: Path, method: str, iters: int, tmp_path: Path
+) -> None:
+    plain = tiny_base(folder)
+    base, model = started(folder, method, start_iters=iters)
+    assert base.print == print_base(base.model), "the fingerprint is that of what is there"
+    adapted = {parameter_of(name) for name in lora_layers(model)}
+    changed = {name for name, tensor in base.print.tensors.items() if tensor != plain.print.tensors[name]}
+    assert changed == adapted
+    at_start = logits(model)
+    train_a_little(model)
+    assert not torch.equal(logits(model), at_start)
+    save_adapter(model, tmp_path)
+
+    fresh = tiny_base(folder)
+    again = load_adapter(fresh.model, tmp_path).eval()
+    assert rebuild(fresh, again).print == base.print
+    assert torch.equal(logits(again), logits(model))
+    taken = read_taken(tmp_path)
+    assert taken.keys() == adapted
+    for name, layer in lora_layers(model).items():
+        own = taken_by(layer)
+        assert own is not None and torch.equal(own.factors.lora_B, taken[parameter_of(name)].factors.lora_B)
+
+    without = load_adapter(tiny_base(folder).model, tmp_path).eval()
+    assert not torch.equal(logits(without), logits(model)), (
+        "negative control: on the base as loaded it is another model"
+    )
+
+
+@pytest.mark.parametrize(("method", "iters"), RESIDUALS)
+def test_untrained_puts_back_what_was_taken(folder: Path, method: str, iters: int) -> None:
+    _, model = started(folder, method, start_iters=iters)
+    original = logits(tiny_base(folder, quant_type="none").model)
+    trained_before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    train_a_little(model)
+    trained = logits(model)
+    with untrained(model):
+        whole = logits(model)
+    with model.disable_adapter():
+        rest = logits(model)
+    assert float((whole - original).norm()) < (0.5 if method == "pissa" else 1) * float((rest - original).norm())
+    assert torch.equal(logits(model), trained)
+    assert trained_before.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_starts_that_know_the_weight_bring_the_model_nearer_to_it(folder: Path) -> None:
+    found = {}
+    for method, iters in (("pissa", 1), ("pissa", 3), ("loftq", 1), ("loftq", 3)):
+        base, model = started(folder, method, start_iters=iters, r=8, alpha=16.0)
+        loaded, found[method, iters] = errors(base, model)
+        assert found[method, iters] < 0.97 * loaded, (method, iters)
+    assert found["pissa", 3] < found["pissa", 1] and found["loftq", 3] < found["loftq", 1]
+
+
+def test_loftq_of_one_round_leaves_the_base_alone_whatever_alpha(folder: Path) -> None:
+    plain = tiny_base(folder)
+    reached = []
+    for alpha in (4.0, 8.0, 32.0):
+        base, model = started(folder, "loftq", alpha=alpha)
+        assert base.print == plain.print
+        assert not torch.equal(logits(model), logits(plain.model)), "its start is a correction, no no-op"
+        reached.append(errors(base, model)[1])
+    assert reached[1:] == pytest.approx(reached[:-1], rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["pissa", "loftq", "milora", "olora"])
+def test_starts_on_an_unquantised_base(folder: Path, method: str) -> None:
+    """There the residual and the adapter together are the weight itself."""
+    plain = tiny_base(folder, quant_type="none")
+    _, model = started(folder, method, {"quant_type": "none"})
+    assert torch.allclose(logits(model), logits(plain.model), atol=2e-4)
+    if method == "pissa":
+        with model.disable_adapter():
+            assert not torch.allclose(logits(model), logits(plain.model), atol=1e-2), "negative control: it was moved"
+
+
+def test_a_start_says_what_it_did(folder: Path) -> None:
+    said: list[str] = []
+    for method, quant in (("pissa", "nf4"), ("milora", "nf4"), ("pissa", "none"), ("lora", "nf4")):
+        base = tiny_base(folder, quant_type=quant)
+        section = AdapterSection(method=method, r=8, alpha=16.0)
+        start_from_weights(base, attach_adapter(base.model, section, 0, base_name="tiny"), section, said.append)
+    assert len(said) == 3, "plain LoRA has nothing to say"
+    found, without = (float(number) for number in re.findall(r"0\.\d{4}", said[0]))
+    assert "start: PiSSA / QPiSSA of 7 weights in" in said[0] and 0 < found < without
+    assert "distance" not in said[1] + said[2]
+
+
+def test_other_methods_start_as_peft_does(folder: Path) -> None:
+    base, model = started(folder, "lora")
+    assert base.print == tiny_base(folder).print
+    assert all(not layer.lora_B["default"].weight.any() for layer in lora_layers(model).values())

@@ -1,0 +1,122 @@
+"""Uploads through the hub's own client to a server of this test; what stands in the way is found before any work."""
+
+from __future__ import annotations
+
+import base64
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import constants
+
+from qlora_train.errors import MachineError, RecipeError
+from qlora_train.export import push as push_module
+from qlora_train.export.push import check_push, push
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the hub as an upload of small files asks for."""
+
+    created: dict[str, Any]
+    files: dict[str, bytes]
+    refuses = False
+
+    def do_GET(self) -> None:
+        self._answer({"type": "user", "name": "me", "orgs": [{"name": "team"}]})
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if type(self).refuses:
+            self._answer({"error": "no room"}, 507)
+        elif self.path == "/api/repos/create":
+            type(self).created = json.loads(body)
+            self._answer({"url": f"{self._address}/me/model", "name": "me/model"})
+        elif "/preupload/" in self.path:
+            files = json.loads(body)["files"]
+            self._answer(
+                {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]}
+            )
+        elif "/commit/" in self.path:
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    type(self).files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            address = f"{self._address}/me/model/commit/abc"
+            self._answer({"commitUrl": address, "commitOid": "abc", "hookOutput": "", "success": True})
+        else:
+            self._answer({})  # validation of the card
+
+    @property
+    def _address(self) -> str:
+        return f"http://127.0.0.1:{self.server.server_address[1]}"
+
+    def _answer(self, content: dict[str, Any], status: int = 200) -> None:
+        body = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Nothing on stderr."""
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
+    """A server, and a client that takes it for the hub."""
+    Hub.created, Hub.files, Hub.refuses = {}, {}, False
+    server = HTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_address[1]}"
+    real = push_module.HfApi
+    monkeypatch.setattr(push_module, "HfApi", lambda: real(endpoint=address, token="hf_test"))
+    monkeypatch.setattr(push_module, "get_token", lambda: "hf_test")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    yield Hub
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_folder_is_uploaded_whole_into_a_private_repository(hub: type[Hub], tmp_path: Path) -> None:
+    content = {"README.md": b"---\nlicense: mit\n---\n", "config.json": b"{}", "model.safetensors": b"weights"}
+    for name, data in content.items():
+        (tmp_path / name).write_bytes(data)
+    check_push("me/model")
+    check_push("team/model")
+    assert push(tmp_path, "me/model").endswith("/me/model/commit/abc")
+    assert hub.files == content
+    assert hub.created["name"] == "model" and hub.created["visibility"] == "private"
+
+
+def test_an_owner_that_the_token_is_not_of_is_refused(hub: type[Hub]) -> None:
+    with pytest.raises(MachineError, match="the token is of me, which is no member of other"):
+        check_push("other/model")
+
+
+def test_a_hub_that_refuses_leaves_the_folder_and_says_how_to_go_on(hub: type[Hub], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    hub.refuses = True
+    with pytest.raises(MachineError, match="the upload to me/model failed") as caught:
+        push(tmp_path, "me/model")
+    assert f"hf upload me/model {tmp_path}" in str(caught.value)
+    assert (tmp_path / "config.json").exists()
+
+
+@pytest.mark.parametrize("name", ["model", "me/", "/model", "a/b/c", "me/mo del", "../x"])
+def test_what_is_no_name_is_refused(name: str) -> None:
+    with pytest.raises(RecipeError, match="no name on the hub"):
+        check_push(name)
+
+
+def test_offline_and_without_a_token_it_ends_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(MachineError, match="HF_HUB_OFFLINE is set"):
+        check_push("me/model")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(push_module, "get_token", lambda: None)
+    with pytest.raises(MachineError, match="hf auth login"):
+        check_push("me/model")

@@ -1,0 +1,1 @@
+"""Clients that load what `export` wrote, each as its users run it."""
