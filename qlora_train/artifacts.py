@@ -255,9 +255,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise MachineError(
-            f"cannot read {path}: {error}", fix="check that the folder is a complete run folder"
-        ) from error
+        raise MachineError(f"cannot read {path}: {error}", fix="check that this is a complete run folder") from error
 
 
 def sha256_file(path: Path) -> str:
@@ -362,9 +360,14 @@ def _held(folder: Path) -> Iterator[bool]:
 def _sweep_unfinished(target: Path) -> None:
     """Remove the temporary folders of `target` in which no process works any more."""
     for folder in target.parent.glob(f"{TEMPORARY_PREFIX}{glob.escape(target.name)}-[0-9]*-????????"):
-        with contextlib.suppress(OSError), _held(folder) as held:
-            if held:
-                shutil.rmtree(folder, ignore_errors=True)
+        _remove_idle(folder)
+
+
+def _remove_idle(folder: Path) -> None:
+    """Remove a folder, unless a process works in it."""
+    with contextlib.suppress(OSError), _held(folder) as held:
+        if held:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _synced_files(folder: Path) -> dict[str, dict[str, Any]]:
@@ -390,6 +393,7 @@ def _take_name(temporary: Path, target: Path, *, replace: bool) -> None:
     former = target.with_name(f"{REPLACED_PREFIX}{target.name}")
     replaced = replace and target.exists()
     if replaced:
+        shutil.rmtree(former, ignore_errors=True)  # that of a killed replacement: a name's holder takes its place
         target.rename(former)
     try:
         temporary.rename(target)
@@ -458,16 +462,13 @@ def is_leftover(name: str) -> bool:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what a killed process left behind, and give a replaced folder whose place is empty its name back.
-
-    Call it only while holding the run's lock.
-    """
+    """Holding the run's lock: remove what the killed left behind; a replaced folder without successor is put back."""
     for leftover in sorted(path for path in folder.glob(".*") if is_leftover(path.name)):
         name = leftover.name.removeprefix(REPLACED_PREFIX)
         if name != leftover.name and not (folder / name).exists():
             leftover.rename(folder / name)
         elif leftover.is_dir():
-            shutil.rmtree(leftover, ignore_errors=True)
+            _remove_idle(leftover)
         else:
             leftover.unlink(missing_ok=True)
 
@@ -493,8 +494,7 @@ def locked(run_dir: RunDir) -> Iterator[None]:
                 fix="choose a folder on a file system with locks (NFS: mount it with them)",
             ) from error
         with explained(run_dir.lock):
-            handle.seek(0)
-            handle.truncate()
+            handle.truncate(0)
             handle.write(f"pid {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
             handle.flush()
         yield

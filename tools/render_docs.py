@@ -41,7 +41,9 @@ def tree() -> str:
             for path in sorted(folder.glob("*.py")):
                 if path.name != "__init__.py":
                     lines.append(f"{indent}  {path.name:{24 - len(indent)}} {first_line(path)}")
-    return "```\n" + "\n".join(lines) + "\n```"
+    num_files = sum(".py" in line for line in lines)
+    summary = f"<details><summary>{num_files} files, a line each</summary>"
+    return "\n".join([summary, "", "```", *lines, "```", "", "</details>"])
 
 
 def load_figures(name: str) -> dict[str, Any]:

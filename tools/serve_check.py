@@ -78,15 +78,10 @@ def check_folder(folder: Path, run: Path | None = None) -> list[Check]:
     if (folder / "adapter_config.json").is_file():
         return check_vllm(folder, _linear_names(run, folder))
     if (folder / "config.json").is_file():
-        return check_transformers(folder, golden, trained_greedy(run) if run else _dense_greedy(folder))
+        if run is None:
+            sys.exit(f"{folder}: name the run that it comes from (--run): its answers are what these are held against")
+        return check_transformers(folder, golden, trained_greedy(run))
     sys.exit(f"{folder} holds no model-*.gguf, no adapter_config.json and no config.json")
-
-
-def _dense_greedy(folder: Path) -> Greedy:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    return transformers_greedy(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
 
 
 def _linear_names(run: Path | None, folder: Path) -> list[str]:

@@ -112,8 +112,11 @@ def _continue_from(model: nn.Module, section: AdapterSection, *, fused: bool) ->
     if "embeddings" in wanted.options:
         asked["embeddings"], there["embeddings"] = section.embeddings, has_embeddings(section.init_from)
     if not isinstance(section.target_modules, str):  # the default asks for nothing in particular
-        asked["target_modules"] = sorted(section.target_modules)
-        there["target_modules"] = sorted(config.target_modules or ())
+        asked["target_modules"] = sorted(
+            _with_embedding(model, section) if section.embeddings else section.target_modules
+        )
+        found = config.target_modules or ()
+        there["target_modules"] = [found] if isinstance(found, str) else sorted(found)
     if differing := [key for key in asked if asked[key] != there.get(key)]:
         what = ", ".join(f"{key} is {there.get(key)} there and {asked[key]} here" for key in differing)
         raise ModelError(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qlora_train.adapters.config import AdapterConfig, build_config
 from qlora_train.adapters.fold import read_deltas
+from qlora_train.adapters.inits.residual import takes_from_base
 from qlora_train.adapters.layers import Lora4bit, LoraFloat, lora_layers
 from qlora_train.adapters.state import load_adapter_config
 from qlora_train.adapters.updates import Delta
@@ -26,6 +27,13 @@ def mixture_config(section: AdapterSection) -> AdapterConfig:
 
     The router's folder holds the experts too and needs none of their folders again; it keeps their names.
     """
+    for folder in section.experts:
+        if takes_from_base(folder):
+            title = load_adapter_config(folder).method.title
+            raise ModelError(
+                f"adapter.experts: {folder} belongs to a base that its start changed ({title})",
+                fix="train the experts by methods that leave the base as it is, such as lora",
+            )
     experts = [read_deltas(folder) for folder in section.experts]
     width = max(delta.lora_A.shape[0] for deltas in experts for delta in deltas.values())
     modules = sorted({name.removesuffix(".weight") for deltas in experts for name in deltas})

@@ -6,12 +6,15 @@ Shape legend: O outputs, I inputs, r rank. g (O, I) is the gradient of the dense
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from qlora_train.errors import NumericsError
 
 DAMPING = 1e-6  # of a Gram matrix, relative to the mean of its diagonal
 
@@ -59,7 +62,7 @@ def lora_pro(lora_A: Tensor, lora_B: Tensor, grad_A: Tensor, grad_B: Tensor, sca
 
 def _damped_inverse(values: Tensor) -> Tensor:
     """1 / (value + damping); zero for a matrix that is zero, whose inverse would only multiply zeros."""
-    damping = DAMPING * values.mean()
+    damping = (DAMPING * values.mean()).clamp_min(torch.finfo(values.dtype).tiny)
     return torch.where(values.max() > 0, 1.0 / (values.clamp(min=0) + damping), torch.zeros_like(values))
 
 
@@ -77,16 +80,22 @@ class LoraProRule:
     @torch.no_grad()
     def __call__(self, optimizer: Any = None, args: Any = None, kwargs: Any = None) -> None:
         """As torch's `Optimizer.register_step_pre_hook` calls it."""
+        gradients: list[Tensor] = []
         rewritten: list[Tensor] = []
         for pair in self._pairs:
             grad_a, grad_b = pair.lora_A.grad, pair.lora_B.grad
             if grad_a is None or grad_b is None:
                 continue
-            new_a, new_b = lora_pro(pair.lora_A, pair.lora_B, grad_a, grad_b, pair.scaling)
-            grad_a.copy_(new_a)
-            grad_b.copy_(new_b)
-            rewritten += [grad_a, grad_b]
+            gradients += [grad_a, grad_b]
+            rewritten += lora_pro(pair.lora_A, pair.lora_B, grad_a, grad_b, pair.scaling)
         self.rule_norm = float(nn.utils.get_total_norm(rewritten)) if rewritten else 0.0
+        if not math.isfinite(self.rule_norm):
+            raise NumericsError(
+                f"the gradients that LoRA-Pro makes of finite ones are not finite (norm {self.rule_norm})",
+                fix="lower train.learning_rate, or use another adapter.method",
+            )
+        for gradient, new in zip(gradients, rewritten, strict=True):
+            gradient.copy_(new)
 
 
 class LoraProAdamW(torch.optim.Optimizer):
@@ -103,8 +112,10 @@ class LoraProAdamW(torch.optim.Optimizer):
     ) -> None:
         self.pairs = tuple(pairs)
         self.rule_norm = 0.0  # of all steps (g^A, g^B) of the last update, before the moments
-        parameters: Iterable[nn.Parameter] = (p for pair in pairs for p in (pair.lora_A, pair.lora_B))
-        super().__init__(parameters, {"lr": lr, "betas": betas, "weight_decay": weight_decay, "eps": eps})
+        super().__init__(
+            (p for pair in pairs for p in (pair.lora_A, pair.lora_B)),
+            {"lr": lr, "betas": betas, "weight_decay": weight_decay, "eps": eps},
+        )
 
     def new_state(self, lora_B: nn.Parameter) -> dict[str, Tensor]:
         """Zero moments of the weight that this B belongs to, put in place."""

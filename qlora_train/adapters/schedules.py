@@ -326,7 +326,11 @@ class Balance(MethodHooks):
             return None
         stacked = torch.stack(gates)
         self.last = stacked.detach().mean(dim=0).tolist()
-        return share * self.weight * -stacked.log().sum(dim=1).mean() if self.weight else None
+        return (
+            share * self.weight * -stacked.clamp_min(torch.finfo(stacked.dtype).tiny).log().sum(dim=1).mean()
+            if self.weight
+            else None
+        )
 
     def figures(self) -> Mapping[str, float]:
         """The mean gate of each expert."""

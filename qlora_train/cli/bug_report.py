@@ -8,6 +8,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,9 @@ def _report(error: BaseException, verb: str, options: Mapping[str, Any]) -> str:
     except Exception as second:  # whatever is broken, the first error is worth a report
         parts.append(f"the environment could not be read: {second}")
     for value in options.values():
-        if isinstance(value, Path) and (recipe := _recipe_of(value)):
-            parts.append(f"\n{recipe}:\n{recipe.read_text(encoding='utf-8', errors='replace')}")
+        with suppress(OSError):  # a recipe that cannot be read must not hide the bug
+            if isinstance(value, Path) and (recipe := _recipe_of(value)):
+                parts.append(f"\n{recipe}:\n{recipe.read_text(encoding='utf-8', errors='replace')}")
     return "\n".join(parts) + "\n"
 
 

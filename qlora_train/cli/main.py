@@ -12,7 +12,7 @@ import typer
 from qlora_train import __version__
 from qlora_train.cli import complete
 from qlora_train.cli.adapter_verbs import adapter_app
-from qlora_train.cli.verbs import AsJson, Overrides, RecipePath, RunPath, verb
+from qlora_train.cli.verbs import AsJson, Overrides, RecipePath, RunPath, show_bug, verb
 from qlora_train.errors import OutOfMemory, RecipeError
 
 app = typer.Typer(
@@ -289,4 +289,5 @@ def version(
 
 def main(arguments: Sequence[str] | None = None) -> Any:
     """Entry point of `qlora-train`; ends the process."""
+    sys.excepthook = show_bug
     return app(args=list(arguments) if arguments is not None else None)

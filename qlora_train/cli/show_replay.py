@@ -12,6 +12,10 @@ _MEANING = {
     "D1": "D1: the same rows in the same order, other rounding. A resume here is not exact to the bit.",
     "D0": "D0: this is not the computation that was logged.",
 }
+_UNSEEN = (
+    "D2: equal to the bit up to the update, which no logged step or checkpoint shows: this says nothing of the "
+    "optimiser's state. Replay from an earlier step to see it."
+)
 
 
 def replayed(result: Replay) -> None:
@@ -28,4 +32,4 @@ def replayed(result: Replay) -> None:
         print(f"the adapter, and that of the checkpoint of step {result.compared_with}: {equal}")
     if result.rounding:
         print(printable(f"this machine is not as it was: {describe_changes(result.rounding)}"))
-    print(_MEANING[result.level])
+    print(_MEANING[result.level] if result.level != "D2" or result.sees_update else _UNSEEN)

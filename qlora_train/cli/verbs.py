@@ -6,12 +6,13 @@ import logging
 import os
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from contextlib import redirect_stderr
 from functools import partial, wraps
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Annotated, NoReturn, ParamSpec, TextIO, cast
 
 import typer
@@ -123,3 +124,8 @@ def _run(function: partial[None]) -> None:
 
         error.add_note(write_bug_report(error, function.func.__name__, function.keywords))
         raise
+
+
+def show_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """The traceback of a bug of ours, without what could steer the terminal and without secrets."""
+    print(fit_to_show("".join(traceback.format_exception(kind, error, trace))), file=sys.stderr)

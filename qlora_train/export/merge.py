@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora_train.artifacts import MANIFEST, read_json
 from qlora_train.environment import code_sha256, versions
 from qlora_train.errors import ModelError
 from qlora_train.export.clock import Clock
 from qlora_train.export.safetensors_writer import Planned, plan_shards, shard_names, write_index, write_shard
-from qlora_train.export.tensors import MergedTensors, Onto, adapter_sha256, difference_norm
+from qlora_train.export.tensors import MergedTensors, Onto, difference_norm
 from qlora_train.export.unfinished import FinishedShards
 from qlora_train.model.source import Source
 from qlora_train.model.trained import FinishedRun
@@ -109,7 +110,7 @@ def merge_to(
 def _key(run: FinishedRun, onto: Onto, shard: list[Planned]) -> dict[str, Any]:
     """Whatever the bytes of a shard depend on."""
     return {
-        "adapter": adapter_sha256(run),
+        "adapter": read_json(run.run_dir.adapter / MANIFEST)["files"],
         "base": run.base_print.digest,
         "onto": onto,
         "tensors": [[planned.name, list(planned.shape), str(planned.dtype)] for planned in shard],

@@ -92,6 +92,24 @@ def deviations(
     return sorted(found, key=lambda deviation: -deviation.ratio)
 
 
+def recheck(
+    suspect: Deviation, probe: Probe, written_OI: Tensor, exact_OI: Tensor, bias_O: Tensor | None, dtype: torch.dtype
+) -> Deviation:
+    """A suspect held against what rounding really did to its weight, from the merged weight before it was rounded.
+
+    Roundings are not always independent: weights of one code in one block are rounded alike, and with the small gain of
+    a DoRA row their errors add up over the inputs. Where each written weight is the exact one rounded to the nearest,
+    the ratio is over the output of those roundings; where one is not, the suspect stays as it is.
+    """
+    rounding_OI = written_OI - exact_OI
+    if bool((rounding_OI.abs() > 0.51 * _ulp(exact_OI, dtype) + torch.finfo(torch.float32).tiny).any()):
+        return suspect
+    off_NO = probe.x_NI @ written_OI.T - probe.y_NO + (0 if bias_O is None else bias_O)
+    sums = SUM_ERROR * float(written_OI.norm()) * float(probe.x_NI.square().sum(0).mean()) ** 0.5
+    rounded = float((probe.x_NI @ rounding_OI.T).norm())
+    return Deviation(suspect.name, float(off_NO.norm()) / max((rounded**2 + sums**2) ** 0.5, 1e-30))
+
+
 def _ulp(values: Tensor, dtype: torch.dtype) -> Tensor:
     """The distance of neighbouring numbers of a dtype at each value; none at zero, which nothing was rounded to.
 

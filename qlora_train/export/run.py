@@ -21,6 +21,7 @@ from qlora_train.evaluate.sides import questions_of
 from qlora_train.export.card import Facts, figures, model_card
 from qlora_train.export.choice import Choice, measure_bases
 from qlora_train.export.clock import Clock
+from qlora_train.export.configs import write_configs
 from qlora_train.export.licence import Licence, copy_texts, find_licence
 from qlora_train.export.merge import merge_to
 from qlora_train.export.noise import Noise, noise
@@ -30,10 +31,9 @@ from qlora_train.export.tensors import Onto
 from qlora_train.export.unfinished import FinishedShards, finished_shards, shards_folder
 from qlora_train.export.verify import MAX_DEVIATION, Reference, Verdict, how_to_verify, observe_trained, verify
 from qlora_train.memory.exhausted import Exhaustion, Option
-from qlora_train.model.load import resolve_device, with_end_tokens
+from qlora_train.model.load import resolve_device
 from qlora_train.model.source import Source
 from qlora_train.model.trained import FinishedRun
-from qlora_train.recipe.schema import Recipe
 
 # Beside the shards: tokenizer, golden prompts, card.
 SMALL_FILES_BYTES = 64 * 2**20
@@ -86,7 +86,7 @@ def run_export(
         facts = work.merge(folder, finished, audit)
         if not facts.verdict.accepted:
             record_export(run, target, facts.verdict)
-            raise _refusal(facts.verdict)
+            raise _refusal(facts.verdict, run.recipe.export.export_dtype)
         (folder / "README.md").write_text(model_card(target.name, facts), encoding="utf-8")
         (folder / "export.json").write_text(json.dumps(figures(facts), indent=1), encoding="utf-8")
     record_export(run, target, facts.verdict)
@@ -164,7 +164,7 @@ def rows_to_verify(run: FinishedRun, tokenizer: Any) -> Split:
     return run.load_split(side, tokenizer, max_eval_rows=limit, max_train_rows=limit)
 
 
-def _refusal(verdict: Verdict) -> ModelError:
+def _refusal(verdict: Verdict, dtype: str) -> ModelError:
     if verdict.onto == "original":
         rise = verdict.loss_rise
         return ModelError(
@@ -180,7 +180,8 @@ def _refusal(verdict: Verdict) -> ModelError:
     )
     worst = verdict.worst_layer
     if worst is None or verdict.layers_hold:
-        return ModelError(what, fix="export with export.export_dtype=float32; nothing was published")
+        finer = "report this" if dtype == "float32" else "export with export.export_dtype=float32"
+        return ModelError(what, fix=f"{finer}; nothing was published")
     off = f"{worst.name} by itself is off by {worst.ratio:,.0f} times what rounding explains (limit {MAX_DEVIATION:g})"
     return ModelError(f"{what}; {off}", fix="nothing was published; report this")
 
@@ -222,7 +223,7 @@ def _check_disk(run: FinishedRun, target: Path) -> None:
 
 def _write_small_files(folder: Path, work: _Export, end_token_ids: list[int]) -> list[Golden]:
     """Everything but weights, card and figures; ModelError where the tokenizer would not serve as it trained."""
-    _write_configs(folder, work.run.recipe, work.source, end_token_ids)
+    write_configs(folder, work.source, end_token_ids, work.run.recipe.export.export_dtype)
     copy_texts(work.source, folder)
     work.tokenizer.save_pretrained(str(folder))
     rows = work.held_out.read(range(min(MAX_ROWS, work.held_out.table.num_rows)))
@@ -230,20 +231,6 @@ def _write_small_files(folder: Path, work: _Export, end_token_ids: list[int]) ->
     write_golden(folder, golden)
     check_parity(folder, golden)
     return golden
-
-
-def _write_configs(folder: Path, recipe: Recipe, source: Source, end_token_ids: list[int]) -> None:
-    """The base's config with the dtype of these weights; its generation config, which stops at the trained end too."""
-    config: dict[str, Any] = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
-    for key in ("torch_dtype", "_name_or_path", "auto_map"):
-        config.pop(key, None)
-    config["dtype"] = recipe.export.export_dtype
-    path = source.folder / "generation_config.json"
-    generation: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    ends = with_end_tokens(generation.get("eos_token_id", config.get("eos_token_id")), end_token_ids)
-    generation["eos_token_id"] = ends if len(ends) > 1 else ends[0]
-    for name, content in (("config.json", config), ("generation_config.json", generation)):
-        (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _peak_resident_bytes() -> int:

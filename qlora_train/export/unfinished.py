@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_train.artifacts import TEMPORARY_PREFIX, explained, make_folder, read_json, sha256_file, write_json
-from qlora_train.errors import MachineError
+from qlora_train.errors import MachineError, ModelError, RecipeError
 
 _LOCK = "lock"
 
@@ -58,8 +58,9 @@ def shards_folder(target: Path) -> Path:
 def finished_shards(target: Path) -> Iterator[FinishedShards]:
     """The folder of finished shards of an export to `target`, for one process at a time.
 
-    It goes when the block ends, with or without an error: only a process that was killed leaves it, and what such a one
-    left under other temporary names of this target goes too. MachineError while another process exports there.
+    It goes when the block ends, or finds the result wrong. What was killed, stopped, or found no room or memory leaves
+    it, and what a killed one left under other temporary names of this target goes. MachineError while another process
+    exports there.
     """
     folder = shards_folder(target)
     with explained(target):
@@ -75,8 +76,10 @@ def finished_shards(target: Path) -> Iterator[FinishedShards]:
         _sweep(target)
         try:
             yield FinishedShards(folder)
-        finally:
+        except (ModelError, RecipeError):
             shutil.rmtree(folder, ignore_errors=True)
+            raise
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _sweep(target: Path) -> None:

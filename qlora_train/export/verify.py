@@ -6,7 +6,7 @@ Whole models where they fit in memory, else one decoder layer at a time: the num
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from qlora_train.adapters.attach import load_adapter
@@ -29,8 +30,8 @@ from qlora_train.evaluate.tasks import Answer, Question, answer
 from qlora_train.export.base import BaseReader
 from qlora_train.export.layers import FolderWeights, TrainedWeights, observe_in_layers
 from qlora_train.export.merge import Merged
-from qlora_train.export.probe import Deviation, Probe, deviations, probing
-from qlora_train.export.tensors import Onto
+from qlora_train.export.probe import Deviation, Probe, deviations, probing, recheck
+from qlora_train.export.tensors import MergedTensors, Onto
 from qlora_train.memory.available import available_bytes
 from qlora_train.model.causal import CausalModel
 from qlora_train.model.files import stored_tensors
@@ -186,10 +187,10 @@ def verify(run: FinishedRun, merged_folder: Path, reference: Reference, merged: 
     folder = Source(str(merged_folder), merged_folder)
     config = load_config(folder)
     weights = FolderWeights(stored_tensors(folder, build_skeleton(config)))
-    alone: list[Deviation] = []
+    worst = None
     if merged.onto == "dequantized":
         export_dtype: torch.dtype = getattr(torch, run.recipe.export.export_dtype)
-        alone = deviations(reference.probes, weights.value, weights.stored.__contains__, export_dtype)
+        worst = worst_layer(run, reference, weights.value, weights.stored.__contains__, export_dtype)
     if reference.how == "layers":
         (seen,) = observe_in_layers(build_hollow(config, device), weights, reference.batches, device)
     else:
@@ -206,8 +207,36 @@ def verify(run: FinishedRun, merged_folder: Path, reference: Reference, merged: 
         merged.onto,
         run.recipe.export.max_loss_rise,
         reference.how,
-        alone[0] if alone else None,
+        worst,
     )
+
+
+def worst_layer(
+    run: FinishedRun,
+    reference: Reference,
+    value: Callable[[str], Tensor],
+    has: Callable[[str], bool],
+    dtype: torch.dtype,
+) -> Deviation | None:
+    """Of all adapted layers the one whose output is furthest from the trained layer's, over what rounding explains.
+
+    `value` reads a written tensor in float32 by the base's name, `has` finds one; `dtype` is what they were rounded to.
+    Where a layer exceeds the limit, its weight is merged once more and its roundings are taken as they are.
+    """
+    found = deviations(reference.probes, value, has, dtype)
+    if not found or found[0].ratio <= MAX_DEVIATION:
+        return found[0] if found else None
+    tensors = MergedTensors(run, run.source())
+    stored = {tensors.parameter(name): name for name in tensors.names}
+    certain = []
+    for each in found:
+        if each.ratio > MAX_DEVIATION and each.name in stored:
+            bias = f"{each.name.removesuffix('weight')}bias"
+            bias_O = value(bias).cpu() if has(bias) else None
+            exact_OI = tensors.exact(stored[each.name]).float().cpu()
+            each = recheck(each, reference.probes[each.name], value(each.name).cpu(), exact_OI, bias_O, dtype)
+        certain.append(each)
+    return max(certain, key=lambda deviation: deviation.ratio)
 
 
 def _hollow_trained(run: FinishedRun, source: Source) -> tuple[Any, torch.device]:

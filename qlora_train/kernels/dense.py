@@ -32,7 +32,8 @@ class Workspace:
         state, owner = content_state(weight), self._owners.get(key)
         if owner is None or owner[0] is not weight or owner[1] != state:
             if key not in self._buffers:
-                self._buffers[key] = torch.empty(shape, dtype=dtype, device=weight.device)
+                with torch.inference_mode(False):  # an evaluation may come first, and training writes here too
+                    self._buffers[key] = torch.empty(shape, dtype=dtype, device=weight.device)
             self._owners.pop(key, None)
             dequantize_into(weight, self._buffers[key])
             self._owners[key] = (weight, state)

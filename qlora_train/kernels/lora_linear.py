@@ -54,13 +54,13 @@ def lora_linear(x: Tensor, branches: Sequence[Branch], dropout: float = 0.0) -> 
     weights_B = [branch.weight_B_Or for branch in branches]
     down_MR = _Down.apply(x_MI, dropout, seed, *weights_A)
     outs: tuple[Tensor, ...] = _Join.apply(x_MI, down_MR, tuple(branches), dropout, seed, *weights_A, *weights_B)
-    return tuple(y_MO.view(*x.shape[:-1], -1) for y_MO in outs)
+    return tuple(y_MO.view(*x.shape[:-1], y_MO.shape[-1]) for y_MO in outs)
 
 
 def _keep(x_MI: Tensor, dropout: float, seed: int) -> Tensor:
-    """What dropout multiplies x with: 0, or 1 / (1 - p)."""
+    """1 where dropout keeps x, to be scaled by 1 / (1 - p); else 0."""
     generator = None if x_MI.is_meta else torch.Generator(x_MI.device).manual_seed(seed)  # meta draws no values
-    return torch.empty_like(x_MI).bernoulli_(1 - dropout, generator=generator).div_(1 - dropout)
+    return torch.empty_like(x_MI).bernoulli_(1 - dropout, generator=generator)
 
 
 def _stacked(weights_A: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -74,7 +74,7 @@ class _Down(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_MI: Tensor, dropout: float, seed: int, *weights_A: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
-        dropped_MI = x_MI * _keep(x_MI, dropout, seed) if dropout else x_MI
+        dropped_MI = (x_MI * _keep(x_MI, dropout, seed)).mul_(1 / (1 - dropout)) if dropout else x_MI
         down_MR = dropped_MI @ _stacked(weights_A, x_MI.dtype).t()
         ctx.save_for_backward(x_MI, down_MR)
         return down_MR
@@ -122,14 +122,14 @@ class _Join(torch.autograd.Function):
                 weight_OI = branch.base.dense(grad_MO.dtype)
                 grad_x_MI = grad_MO @ weight_OI if grad_x_MI is None else grad_x_MI.addmm_(grad_MO, weight_OI)
         keep_MI = _keep(x_MI, ctx.dropout, ctx.seed) if ctx.dropout else None
-        dropped_MI = x_MI if keep_MI is None else x_MI * keep_MI
+        dropped_MI = x_MI if keep_MI is None else (x_MI * keep_MI).mul_(1 / (1 - ctx.dropout))
         grad_A_RI = (grad_down_MR.t() @ dropped_MI).to(torch.float32)
         if grad_x_MI is not None:
             weights_A_RI = _stacked([branch.weight_A_rI for branch in branches], grad_down_MR.dtype)
             if keep_MI is None:
                 grad_x_MI.addmm_(grad_down_MR, weights_A_RI)
             else:
-                grad_x_MI.addcmul_(grad_down_MR @ weights_A_RI, keep_MI)
+                grad_x_MI.addcmul_(grad_down_MR @ weights_A_RI, keep_MI, value=1 / (1 - ctx.dropout))
         grads_A = grad_A_RI.split([branch.weight_A_rI.shape[0] for branch in branches])
         return grad_x_MI, None, None, None, None, *grads_A, *grads_B
 

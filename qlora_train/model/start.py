@@ -25,6 +25,7 @@ from qlora_train.adapters.inits.spectral import Started, loftq, milora, olora, p
 from qlora_train.adapters.layers import layer_update, lora_layers
 from qlora_train.adapters.state import load_adapter_config, restore_adapter
 from qlora_train.data.loader import Loader, MicroBatch
+from qlora_train.errors import ModelError
 from qlora_train.model.causal import CausalModel
 from qlora_train.model.files import StoredTensor, stored_tensors
 from qlora_train.model.load import Base
@@ -108,6 +109,7 @@ def start_from_weights(
     if row.start not in FROM_WEIGHTS:
         return base
     weights, layers, began = Weights(base), lora_layers(model), time.perf_counter()
+    refuse_narrow(layers, 1, row.title)
     changed: dict[str, TensorPrint] = {}
     nearness = _Nearness()
     for name, layer in layers.items():
@@ -198,6 +200,17 @@ def set_ranks(model: Any, ranks: Mapping[str, int]) -> None:
             nn.init.zeros_(holder[adapter].weight)
 
 
+def refuse_narrow(layers: Mapping[str, Any], times: int, title: str) -> None:
+    """ModelError where a layer has fewer than `times` r directions."""
+    for name, layer in layers.items():
+        r, most = layer.r[layer.active_adapters[0]], min(layer.in_features, layer.out_features) // times
+        if r > most:
+            raise ModelError(
+                f"adapter.r: {title} takes at most {most} directions of {name}, and r is {r}",
+                fix=f"lower adapter.r to {most}, or leave the layer out of adapter.target_modules",
+            )
+
+
 def start_from_gradients(
     causal: CausalModel,
     section: AdapterSection,
@@ -210,6 +223,7 @@ def start_from_gradients(
     if METHODS[section.method].start not in FROM_GRADIENTS:
         return
     began, layers = time.perf_counter(), lora_layers(causal.model)
+    refuse_narrow(layers, 2, METHODS[section.method].title)
     for name, gradient in probe_gradients(causal, batches, 2 * section.r, seed=seed).items():
         layer = layers[name]
         settle(layer, lora_ga(gradient, layer.r[layer.active_adapters[0]], section.stable_gamma))

@@ -128,7 +128,8 @@ class AdapterSection(Section):
         "cost; from 2 on loftq changes the base, as pissa always does.",
     )
     stable_gamma: PositiveFloat = Field(
-        16.0, description="lora_ga: A and B start with entries of out^(1/4) / sqrt(stable_gamma); larger is smaller."
+        16.0,
+        description="lora_ga: A and B start with rows and columns of length out^(1/4) / sqrt(stable_gamma).",
     )
     probe_batches: PositiveInt = Field(
         4, description="lora_ga, eva: micro-batches that are looked at before the first step, four times over each."

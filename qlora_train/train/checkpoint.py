@@ -115,7 +115,7 @@ def list_steps(run_dir: RunDir) -> dict[int, Path]:
     """Published checkpoint folders by step, oldest first, verified or not."""
     found = {}
     for folder in run_dir.checkpoints.glob("step-*"):
-        if match := _STEP_NAME.fullmatch(folder.name):
+        if (match := _STEP_NAME.fullmatch(folder.name)) and folder.is_dir():
             found[int(match.group(1))] = folder
     return dict(sorted(found.items()))
 
@@ -140,8 +140,10 @@ def find_checkpoint(run_dir: RunDir, step: int | None = None) -> tuple[Checkpoin
         if not (faults := _faults(number, folder)):
             return Checkpoint(number, folder), warnings
         warnings.append(f"{folder.name} is damaged and passed over: {'; '.join(faults)}")
+    again = "start again without --resume"
     raise ResumeError(
-        "; ".join([f"no complete checkpoint in {run_dir.checkpoints}", *warnings]), fix="start again without --resume"
+        "; ".join([f"no complete checkpoint in {run_dir.checkpoints}", *warnings]),
+        fix=f"remove {run_dir.checkpoints} and {again}, or choose another run.dir" if warnings else again,
     )
 
 

@@ -69,14 +69,14 @@ class FlightRecorder:
     (`make prove WHAT=resume` measures it).
     """
 
-    def __init__(self, job: Job, command: str) -> None:
-        """`command`: what started the run."""
+    def __init__(self, job: Job, command: str, from_step: int = 0) -> None:
+        """`command`: what started the run; `from_step`: the steps made before this process, 0 unless resumed."""
         self._job, self._started_by = job, command
         names = {parameter: name for name, parameter in trainable_parameters(job.model).items()}
         self._parameters = [p for group in job.optimizer.param_groups for p in group["params"]]
         self._names = [_short(names.get(parameter, f"tensor {i}")) for i, parameter in enumerate(self._parameters)]
         self._noted: deque[_Noted] = deque(maxlen=STEPS_KEPT)
-        self._dead = DeadAdapters(self._names, norms(self._parameters))
+        self._dead = DeadAdapters(self._names, norms(self._parameters), from_start=from_step == 0)
 
     def note(self, step: int, result: StepResult, learning_rate: float) -> list[str]:
         """Keep what a step came to; what is to be said of adapters that do not learn."""

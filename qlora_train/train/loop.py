@@ -36,7 +36,7 @@ def run_loop(
     train, num_steps = job.recipe.train, job.num_steps
     validation: Validation | None = None
     rescue = partial(_save_what_was_trained, job, state, metrics)
-    recorder = FlightRecorder(job, command)
+    recorder = FlightRecorder(job, command, state.step)
     job.model.train()
     if state.evaluation_due:
         validation = _evaluate(job, state, metrics, memory, stop)
@@ -148,7 +148,16 @@ def _evaluate(job: Job, state: TrainState, metrics: Metrics, memory: MemoryLog, 
 
 
 def _save(job: Job, state: TrainState, metrics: Metrics) -> Checkpoint:
-    """A checkpoint of the state, with the order of the rows that come next, and before it the log of its steps."""
+    """A checkpoint of the state, with the order of the rows that come next, and before it the log of its steps.
+
+    NumericsError where the step's update left values that are not finite: what was saved before stays.
+    """
+    if not trained_values_are_finite(job.model):
+        there = max(list_steps(job.run_dir), default=None)
+        fix = "lower train.learning_rate" + (f"; go on from step {there} with --resume" if there is not None else "")
+        raise NumericsError(
+            f"the update of step {state.step} left values that are not finite; it is not saved", fix=fix
+        )
     metrics.sync()
     state.plan_sha256 = job.loader.plan_digest(state.step)
     return save_checkpoint(job.run_dir, state, job.model, job.optimizer, job.binding, job.hooks, job.environment)

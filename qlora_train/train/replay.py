@@ -67,17 +67,38 @@ class Replay:
     same_adapter: bool | None
     rounding: tuple[Change, ...]  # of the machine, since then
     tolerance: float  # relative, of a loss whose rounding alone is another
+    repeats: bool  # whether the device computes the same bits each time: a CPU
+
+    @property
+    def sees_update(self) -> bool:
+        """Whether anything is compared that the update of a step decides, and with it the optimiser's state."""
+        return self.compared_with is not None or len(self.steps) > 1
+
+    @property
+    def is_other_update(self) -> bool:
+        """Whether equal gradients led somewhere else, on a device that repeats itself and has not changed."""
+        equal = [step.is_equal for step in self.steps]
+        if not self.repeats or not all(step.same_tokens for step in self.steps):
+            return False
+        return (all(equal) and self.same_adapter is False) or (equal[:2] == [True, False] and not self.rounding)
 
     @property
     def level(self) -> Level:
         """D2: equal bits. D1: the same rows, and losses within the tolerance. D0: something else was computed."""
         if all(step.is_equal for step in self.steps) and self.same_adapter is not False:
             return "D2"
-        near = all(step.same_tokens and step.loss_distance <= self.tolerance for step in self.steps)
+        near = not self.is_other_update and all(
+            step.same_tokens and step.loss_distance <= self.tolerance for step in self.steps
+        )
         return "D1" if near else "D0"
 
     def refuse_other(self) -> None:
         """ResumeError where this is not the computation that was logged."""
+        if self.is_other_update:
+            raise ResumeError(
+                "equal gradients, another update: the optimiser's state is not what it was",
+                fix="resume from another step, with the code and the versions that began the run, or start a new one",
+            )
         if self.level == "D0":
             worst = max(self.steps, key=lambda step: (not step.same_tokens, step.loss_distance))
             raise ResumeError(
@@ -130,6 +151,7 @@ def run_replay(loaded: LoadedRecipe, *, from_step: int | None, reporter: Reporte
             same_adapter=_same_adapter(job, choice.target) if choice.target else None,
             rounding=tuple(environment_changes(then, job.environment)),
             tolerance=LOSS_TOLERANCE[job.recipe.model.compute_dtype],
+            repeats=job.accelerator.device.type == "cpu",
         )
 
 
@@ -162,7 +184,7 @@ def _choose(run_dir: RunDir, logged: Mapping[int, Any], from_step: int | None) -
     if candidates:
         return candidates[0]
     if 1 in logged and not _forked(run_dir):
-        return _Choice(None, (1,), None)
+        return _Choice(None, _two_steps(1, logged), None)
     raise ResumeError(
         f"{run_dir.root} holds no checkpoint with a logged step after it, and its first step is not to be had",
         fix="replay a run with train.keep: 2 or more, and run.log_every: 1",
@@ -181,7 +203,12 @@ def _after(run_dir: RunDir, step: int, there: Mapping[int, Path], logged: Mappin
     if later is not None and later - step <= MOST_STEPS and all(n in logged for n in range(step + 1, later + 1)):
         with suppress(ResumeError):
             return _Choice(checkpoint, tuple(range(step + 1, later + 1)), find_checkpoint(run_dir, later)[0])
-    return _Choice(checkpoint, (step + 1,), None)
+    return _Choice(checkpoint, _two_steps(step + 1, logged), None)
+
+
+def _two_steps(first: int, logged: Mapping[int, Any]) -> tuple[int, ...]:
+    """Two where both were logged: the loss of the second sees the update of the first."""
+    return (first, first + 1) if first + 1 in logged else (first,)
 
 
 def _forked(run_dir: RunDir) -> bool:

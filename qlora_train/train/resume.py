@@ -129,14 +129,18 @@ def _place_fork(job: Job, state: TrainState) -> None:
         state.num_rows, state.plan_sha256 = num_rows, digest
 
 
-def go_on(resume: Resume, prepared: Prepared, loaded: LoadedRecipe, scorer: Scorer) -> TrainState:
-    """Restore; then say and record what is not as it was, and clear away what the run had made past this step."""
+def go_on(resume: Resume, prepared: Prepared, state: TrainState, changes: Sequence[Change], scorer: Scorer) -> None:
+    """After `restore`, and all that may refuse: record what is not as it was, and clear away what came past this step.
+
+    The record comes first: a process killed in between leaves the run as it was, or less than it was with the reason.
+    """
     job, run_dir, name = prepared.job, prepared.job.run_dir, resume.checkpoint.folder.name
-    state, changes = restore(resume, prepared, loaded)
     rounding = environment_changes(stored_environment(resume.checkpoint), job.environment)
     forked: Sequence[Change] = () if resume.is_another_split else changes
     if resume.is_another_split:
         rounding = [*changes, *rounding]
+    level = level_of(forked, rounding, job)
+    record_resume(run_dir, name, state.step, level, forked, rounding)
     run_dir.summary.unlink(missing_ok=True)
     retire_newer(run_dir, state.step)
     forget_lost_best(run_dir, state, job.reporter)
@@ -144,8 +148,6 @@ def go_on(resume: Resume, prepared: Prepared, loaded: LoadedRecipe, scorer: Scor
     if forked and state.best_step is not None:
         state.best_step = state.best_eval_loss = None
         job.reporter.message("this is another course: which checkpoint is best is judged from here on")
-    level = level_of(forked, rounding, job)
-    record_resume(run_dir, name, state.step, level, forked, rounding)
     job.reporter.message(f"resumed from {name} ({_LEVELS[level]})")
     if forked:
         job.reporter.warning(f"a fork, recorded in {run_dir.resumes.name}: {describe_changes(forked)}")
@@ -154,7 +156,6 @@ def go_on(resume: Resume, prepared: Prepared, loaded: LoadedRecipe, scorer: Scor
             "not bit for bit the undisturbed run from here on, the same rows in the same order with other rounding: "
             f"{describe_changes(rounding)}"
         )
-    return state
 
 
 def level_of(forked: Sequence[Change], rounding: Sequence[Change], job: Job) -> Level:

@@ -28,7 +28,7 @@ from qlora_train.train.loop import run_loop
 from qlora_train.train.memory import MemoryLog
 from qlora_train.train.metrics import Metrics, Reporter, last_logged_step
 from qlora_train.train.rehearsal import largest_batches, rehearse
-from qlora_train.train.resume import Resume, find_resume, go_on
+from qlora_train.train.resume import Resume, find_resume, go_on, restore
 from qlora_train.train.scores import Scorer
 from qlora_train.train.selfcheck import SelfCheck, selfcheck
 from qlora_train.train.setup import Prepared, prepare
@@ -96,9 +96,15 @@ def run_training(
         prepared = _load(recipe, run_dir, reporter, going_on, memory)
         stop.check()
         scorer = Scorer(prepared, memory)
-        state = go_on(going_on, prepared, loaded, scorer) if going_on else TrainState()
-        _check_and_rehearse(loaded, prepared, scorer, state, memory)
+        state, changes = restore(going_on, prepared, loaded) if going_on else (TrainState(), [])
+        checked = _check(prepared, memory)
+        if going_on is None:
+            write_facts(loaded, prepared, checked)
+        _rehearse(prepared, scorer, state, memory)
         stop.check()
+        if going_on is not None:  # only now: whatever refused or stopped so far has left the run as it was
+            go_on(going_on, prepared, state, changes, scorer)
+            write_facts(loaded, prepared, checked)
         base = scorer.base(resumed=resume)
         stop.check()
         validation = _train(loaded, prepared, state, base, stop, memory, resumed=resume)
@@ -118,14 +124,15 @@ def _load(recipe: Recipe, run_dir: RunDir, reporter: Reporter, going_on: Resume 
         return prepare(recipe, run_dir, reporter, bound=bound, checkpoint=folder)
 
 
-def _check_and_rehearse(
-    loaded: LoadedRecipe, prepared: Prepared, scorer: Scorer, state: TrainState, memory: MemoryLog
-) -> None:
-    """Before the first step: rows do not see each other, the facts are written, the largest of everything fits."""
-    job = prepared.job
+def _check(prepared: Prepared, memory: MemoryLog) -> SelfCheck:
+    """Before the first step: rows do not see each other."""
     with memory.during("checking", "in the selfcheck before the first step"):
-        checked = _selfcheck(prepared)
-    write_facts(loaded, prepared, checked)
+        return _selfcheck(prepared)
+
+
+def _rehearse(prepared: Prepared, scorer: Scorer, state: TrainState, memory: MemoryLog) -> None:
+    """Before the first step: the largest of everything fits."""
+    job = prepared.job
     describe(prepared)
     batches = largest_batches(job)
     memory.settle(job.recipe, prepared.inputs.config, prepared.speed, int(job.table.lengths.max()), batches)

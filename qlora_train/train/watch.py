@@ -36,15 +36,16 @@ class DeadAdapters:
     """Tells which adapted layers do not learn, and why, from the norms of the first steps; later, gradients of zero.
 
     Norms are (P,), of the parameters by these names. Costs a comparison on the device in the first steps, and the one
-    transfer at the end of them.
+    transfer at the end of them. A resumed run has no first steps: near the end of a schedule updates round to nothing.
     """
 
-    def __init__(self, names: Sequence[str], weight_norms: Tensor) -> None:
+    def __init__(self, names: Sequence[str], weight_norms: Tensor, *, from_start: bool = True) -> None:
         self._layers = [name.partition(".lora_")[0] for name in names]
         self._start = weight_norms
         self._reached = torch.zeros(len(names), dtype=torch.bool, device=weight_norms.device)
         self._moved = self._reached.clone()
-        self._steps = self._zero_steps = 0
+        self._steps = 0 if from_start else FEW_STEPS
+        self._zero_steps = 0
 
     def look(self, grad_norms: Tensor, weight_norms: Tensor, grad_norm: float, learning_rate: float) -> list[str]:
         """What is to be said after a step; the likely cause with it."""

@@ -14,9 +14,11 @@ import pytest
 import torch
 from gguf import GGUFReader
 
+from qlora_train.export.base import as_float32
 from qlora_train.export.formats import gguf_lora, lora
 from qlora_train.export.formats.families import Layout
 from qlora_train.export.formats.gguf_file import GgufModelWriter
+from qlora_train.export.tensors import MergedTensors
 from tests.clients import checks, llama_cpp
 from tests.commandline import Outcome, run_cli, write_recipe
 
@@ -256,6 +258,20 @@ def half_the_scale(monkeypatch: pytest.MonkeyPatch) -> str:
     return "lora"
 
 
+def half_the_scale_of_one_module(monkeypatch: pytest.MonkeyPatch) -> str:
+    """What the mean over all tokens may not show."""
+    exact = MergedTensors.exact
+
+    def halved(self: MergedTensors, stored: str) -> torch.Tensor:
+        whole = exact(self, stored)
+        if stored != "model.layers.0.mlp.up_proj.weight":
+            return whole
+        return (whole + as_float32(self.base.as_trained(self.parameter(stored)))) / 2
+
+    monkeypatch.setattr(MergedTensors, "exact", halved)
+    return "gguf-f32"
+
+
 def a_missing_module(monkeypatch: pytest.MonkeyPatch) -> str:
     read = gguf_lora.read_deltas
     monkeypatch.setattr(gguf_lora, "read_deltas", lambda adapter: dict(list(read(adapter).items())[1:]))
@@ -278,7 +294,8 @@ def a_changed_byte(monkeypatch: pytest.MonkeyPatch) -> str:
     ("plant", "words"),
     [
         (rows_left_in_place, "[qk]_proj.weight is not what was written"),
-        (half_the_scale, "is not the model that was trained"),
+        (half_the_scale, "is not the model that was trained|is not the trained one"),
+        (half_the_scale_of_one_module, "layers.0.mlp.up_proj.weight is not the trained one"),
         (a_missing_module, "lacks the update of model.layers"),
         (a_changed_byte, "is not what was written"),
     ],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import torch
 
 from qlora_train.export.formats.gguf_file import GgufModelWriter
 from qlora_train.export.formats.vocabulary import read_vocabulary
-from tests.clients import llama_cpp
+from tests.clients import checks, llama_cpp
 from tests.unit.export_formats.served import CONFIGS, random_model, tokenizer_for
 
 pytestmark = pytest.mark.skipif(not llama_cpp.AVAILABLE, reason="needs xllamacpp (uv sync --group serve)")
@@ -99,3 +101,24 @@ def test_a_file_that_llama_cpp_refuses_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(b"GGUF" + bytes(64))
     with pytest.raises(llama_cpp.ServerFault, match="does not load"):
         llama_cpp.LlamaServer(tmp_path / "m.gguf")
+
+
+def test_a_server_that_does_not_come_up_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It writes more to its errors than a pipe holds, and then hangs."""
+    program = tmp_path / "python"
+    program.write_text("#!/bin/sh\nhead -c 300000 /dev/zero | tr '\\0' x >&2\necho waiting >&2\nexec sleep 60\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    monkeypatch.setattr(llama_cpp, "START_S", 1)
+    started = time.monotonic()
+    with pytest.raises(llama_cpp.ServerFault, match=r"not within 1 s: x+waiting"):
+        llama_cpp.LlamaServer(tmp_path / "m.gguf")
+    assert time.monotonic() - started < 20
+
+
+def test_a_models_own_penalties_do_not_change_what_is_compared() -> None:
+    model, ids = random_model("llama"), list(range(5, 480))  # nearly all tokens: most answers repeat one
+    plain = checks.transformers_greedy(model)(ids, NUM_TOKENS)
+    model.generation_config.repetition_penalty, model.generation_config.no_repeat_ngram_size = 50.0, 1
+    penalised = model.generate(torch.tensor([ids]), max_new_tokens=NUM_TOKENS, do_sample=False)[0, len(ids) :].tolist()
+    assert checks.transformers_greedy(model)(ids, NUM_TOKENS) == plain != penalised

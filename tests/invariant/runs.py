@@ -30,8 +30,9 @@ def logged(run: Path, kind: str) -> list[dict[str, object]]:
 
 
 def losses(run: Path) -> list[str]:
-    """Loss and gradient norm of every step, to the bit."""
-    return [f"{line['step']} {line['loss']!r} {line['grad_norm']!r}" for line in logged(run, "train")]
+    """Loss, gradient norm, learning rate and tokens of every step, to the bit."""
+    keys = ("step", "loss", "grad_norm", "learning_rate", "num_tokens", "num_supervised_tokens")
+    return [" ".join(repr(line[key]) for key in keys) for line in logged(run, "train")]
 
 
 def copy_until(straight: Path, target: Path, step: int) -> Path:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from qlora_train.cli import show_replay
+from qlora_train.train.replay import Replay, ReplayedStep, _two_steps
 from tests.commandline import run_cli
 from tests.invariant.runs import contents, copy_until
 
@@ -59,8 +61,43 @@ def test_without_a_later_step_the_first_one_is_made_again(straight: Path, tmp_pa
     for step in (2, 4):
         shutil.rmtree(folder / "run" / "ckpt" / f"step-{step:06d}")
     outcome = run_cli("train", folder / "recipe.yaml", "--resume", "--replay")
-    assert outcome.code == 0 and "1 logged step, from the start" in outcome.out, outcome.err
+    assert outcome.code == 0 and "2 logged steps, from the start" in outcome.out, outcome.err
     assert "D2: equal to the bit" in outcome.out
+
+
+def test_lost_moments_are_no_rounding(straight: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: step 5 has its loss and gradient norm before the update that the moments decide."""
+    from qlora_train.train import checkpoint
+
+    monkeypatch.setattr(checkpoint, "restore_optimizer", lambda *_: None)
+    outcome = run_cli("train", straight / "recipe.yaml", "--resume", "--replay", "--from", "4")
+    assert outcome.code == 5 and "equal gradients, another update: the optimiser's state" in outcome.err, outcome.err
+    assert "D0: " in outcome.out
+
+
+def replay_of(*losses: float, same_adapter: bool | None = None, repeats: bool = True) -> Replay:
+    """Steps that were logged with a loss of 1."""
+    steps = tuple(
+        ReplayedStep(i + 3, 1.0, loss, logged_grad_norm=2.0, grad_norm=2.0, same_tokens=True)
+        for i, loss in enumerate(losses)
+    )
+    target = None if same_adapter is None else 2 + len(steps)
+    return Replay(Path("run"), 2, steps, target, same_adapter, rounding=(), tolerance=1e-2, repeats=repeats)
+
+
+def test_what_an_update_shows_and_what_only_a_gradient_does(capsys: pytest.CaptureFixture[str]) -> None:
+    assert replay_of(1.0, 1.0).level == "D2" and replay_of(1.001, 1.001).level == "D1"
+    for other in (replay_of(1.0, 1.001), replay_of(1.0, same_adapter=False)):
+        assert other.level == "D0" and other.is_other_update
+    assert replay_of(1.0, same_adapter=False, repeats=False).level == "D1", "a card adds up in any order"
+    show_replay.replayed(replay_of(1.0))
+    assert "as the undisturbed run would" not in capsys.readouterr().out
+    show_replay.replayed(replay_of(1.0, 1.0))
+    assert "as the undisturbed run would" in capsys.readouterr().out
+
+
+def test_where_no_checkpoint_is_near_the_second_step_sees_the_update() -> None:
+    assert _two_steps(3, {3: {}, 4: {}}) == (3, 4) and _two_steps(3, {3: {}}) == (3,)
 
 
 def test_another_recipe_and_no_run_are_refused(straight: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from qlora_train.errors import OutOfMemory
 from tests.commandline import run_cli
 from tests.invariant.runs import contents, copy_until, losses, state_digest
 
@@ -58,6 +59,25 @@ def test_a_used_folder_says_what_it_holds(straight: Path, tmp_path: Path) -> Non
     outcome = run_cli("train", killed / "recipe.yaml")
     assert outcome.code == 2 and "not ended, 5 steps logged, last written 20" in outcome.err
     assert "checkpoints of steps 2." in outcome.err
+
+
+def test_a_resume_that_does_not_fit_leaves_the_run_as_it_was(
+    straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qlora_train.train import run as module
+
+    def too_large(*_: object) -> None:
+        raise OutOfMemory("too large", fix="take less")
+
+    monkeypatch.setattr(module, "rehearse", too_large)
+    folder = tmp_path / "run"
+    shutil.copytree(straight, folder)
+    before = contents(folder / "run")
+    outcome = run_cli("train", folder / "recipe.yaml", "--resume", "--from", "2", "eval.every=1")
+    assert outcome.code == 9, outcome.err
+    after = contents(folder / "run")
+    assert after.pop(folder / "run" / "errors.jsonl")
+    assert after == before
 
 
 def test_other_data_is_refused(straight: Path, tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ SmolLM2-135M, fine-tuned on `spelling`. An earlier run of that counts only where
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import shutil
 import subprocess
@@ -17,6 +16,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
+
+from serving.bars import formats_bars
 
 from proofs.common import ROOT, WORK, Bar, earlier, fresh, verb
 
@@ -34,14 +35,6 @@ def measure(full: bool) -> list[Bar]:
     """All bars of deployment."""
     run, note = _spelling(full)
     return [*memory_bars("8B" if full else "1B"), *base_bars(run, note), *fault_bars(run), *formats_bars(run)]
-
-
-def formats_bars(run: Path) -> list[Bar]:
-    """The formats that clients read: tools/serving, where it is."""
-    if importlib.util.find_spec("serving.bars") is None:
-        return []
-    found: list[Bar] = importlib.import_module("serving.bars").formats_bars(run)
-    return found
 
 
 def memory_bars(size: str) -> list[Bar]:
@@ -107,7 +100,7 @@ def fault_bars(run: Path) -> list[Bar]:
                 run_export(open_run(run, ["export.verify_rows=8"], sections=("export",)), fresh(FOLDER / "fault"))
         except ModelError as error:
             said = str(error)
-        caught = float("is not the trained one" in said)
+        caught = float(bool(said) if what == "none" else "is not the trained one" in said)
         if what == "none":
             bars.append(Bar("no fault planted: refused", caught, at_most=0))
         else:

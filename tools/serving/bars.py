@@ -11,7 +11,15 @@ from serve_check import check_folder
 
 FOLDER = WORK / "deploy" / "formats"
 # Bounds of the mean KL in nats per token, as measured on this model with room to spare. What has none is shown.
-MAX_KL = {"gguf-f16": 1e-5, "gguf-q8_0": 5e-3, "lora": 1e-6, "gguf-lora": 1e-6, "nf4-lora": 1e-6, "w4a16": None}
+MAX_KL = {
+    "gguf-f16": 1e-5,
+    "gguf-bf16": 5e-4,
+    "gguf-q8_0": 5e-3,
+    "lora": 1e-6,
+    "gguf-lora": 1e-6,
+    "nf4-lora": 1e-6,
+    "w4a16": None,
+}
 LEAST_TOP1 = {"gguf-f16": 0.99, "lora": 0.99, "gguf-lora": 0.99, "nf4-lora": 0.99}
 _ANY_KL = "export.max_kl=100"  # what 4 bit cost is measured here, not judged
 

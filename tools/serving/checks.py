@@ -127,7 +127,14 @@ def transformers_greedy(model: Any) -> Greedy:
         given = torch.tensor([list(ids)], device=model.device)
         with torch.inference_mode():
             made = model.generate(
-                given, attention_mask=torch.ones_like(given), max_new_tokens=num_tokens, do_sample=False, use_cache=True
+                given,
+                attention_mask=torch.ones_like(given),
+                max_new_tokens=num_tokens,
+                do_sample=False,
+                use_cache=True,
+                # A model's own generation config may ask for these, and no server was told.
+                repetition_penalty=1.0,
+                no_repeat_ngram_size=0,
             )
         answer: list[int] = made[0, len(ids) :].tolist()
         return answer[:-1] if answer and answer[-1] in stop else answer

@@ -12,6 +12,8 @@ import importlib.util
 import json
 import subprocess
 import sys
+import tempfile
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
@@ -43,21 +45,36 @@ class LlamaServer:
         """`exact` keeps keys and values in float32, to compare logits; servers keep them in float16."""
         settings = {"model": str(model), "lora": str(lora) if lora else None, "context": context}
         settings |= {"threads": threads, "exact": exact}
-        self._process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).resolve()), json.dumps(settings)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        # A file, as a pipe that nobody reads fills up and stops the server.
+        with tempfile.TemporaryFile("w+", errors="replace") as errors:
+            self._process = subprocess.Popen(
+                [sys.executable, str(Path(__file__).resolve()), json.dumps(settings)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+            )
+            address = self._wait_for_address()
+            if address is None:
+                errors.seek(0)
+                why = errors.read().strip()[-2000:]
+                raise ServerFault(f"llama.cpp does not load {model}, or not within {START_S} s: {why}")
+        self.address = address
+
+    def _wait_for_address(self) -> str | None:
+        """Where the server listens; None, and the process ended, where it is not up within START_S."""
         assert self._process.stdout is not None
-        # llama.cpp writes to the same stream before it is up.
-        for line in self._process.stdout:
-            if line.startswith(_READY):
-                self.address = line.removeprefix(_READY).strip()
-                return
-        _, errors = self._process.communicate(timeout=START_S)
-        raise ServerFault(f"llama.cpp does not load {model}: {errors.strip()[-2000:]}")
+        timer = threading.Timer(START_S, self._process.kill)
+        timer.start()
+        try:
+            # llama.cpp writes to the same stream before it is up.
+            for line in self._process.stdout:
+                if line.startswith(_READY):
+                    return line.removeprefix(_READY).strip()
+        finally:
+            timer.cancel()
+        self.close()
+        return None
 
     def __enter__(self) -> Self:
         return self

@@ -14,6 +14,9 @@ from qlora_train.errors import ModelError
 GATE, TAU = "lora_mole_gate", "lora_mole_tau"
 
 
+LEAST_TAU = 0.05  # a trained temperature may fall to zero, where gates are no numbers, and below, where they turn round
+
+
 class MixtureForm(Form):
     """`y = W x + sum_i g_i B_i A_i x` with `g = softmax(W_g x / tau)` for each token and layer.
 
@@ -41,8 +44,8 @@ class MixtureForm(Form):
         nn.init.ones_(tensors[TAU])
 
     def gates(self, tensors: Tensors, x: Tensor) -> Tensor:
-        """(..., N) in float32: not below zero, of sum one for each token."""
-        logits = nn.functional.linear(x.float(), tensors[GATE]) / tensors[TAU]
+        """(..., N) in float32: not below zero, of sum one for each token. tau counts as LEAST_TAU below that."""
+        logits = nn.functional.linear(x.float(), tensors[GATE]) / tensors[TAU].clamp_min(LEAST_TAU)
         if self.masked:
             logits = logits.index_fill(-1, torch.tensor(sorted(self.masked), device=x.device), -torch.inf)
         return logits.softmax(dim=-1)

@@ -23,6 +23,8 @@ Value = int | float | bool | str | list[float] | list[int]
 _SUFFIXES = (".weight", ".bias")
 _GEMMA_2_LARGE, _GEMMA_3_LARGE = 46, 62  # layers of the 27B models, whose scores llama.cpp scales otherwise
 _GEMMA_3_PATTERN = 6  # every sixth layer sees everything
+_SILU = ("silu", "swish")
+_GELU = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")  # three ways to write the approximation by tanh
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Family:
     arch: MODEL_ARCH
     rotary_pairs: bool = False  # llama.cpp rotates neighbouring channels, transformers the two halves of a head
     norm_shift: float = 0.0  # Gemma stores weight - 1
+    activations: tuple[str, ...] = _SILU  # transformers' names of the one that llama.cpp computes
 
     @property
     def name(self) -> str:
@@ -44,9 +47,9 @@ FAMILIES: dict[str, Family] = {
     "mistral": Family(MODEL_ARCH.LLAMA, rotary_pairs=True),
     "qwen2": Family(MODEL_ARCH.QWEN2),
     "qwen3": Family(MODEL_ARCH.QWEN3),
-    "gemma2": Family(MODEL_ARCH.GEMMA2, norm_shift=1.0),
-    "gemma3_text": Family(MODEL_ARCH.GEMMA3, norm_shift=1.0),
-    "phi": Family(MODEL_ARCH.PHI2),
+    "gemma2": Family(MODEL_ARCH.GEMMA2, norm_shift=1.0, activations=_GELU),
+    "gemma3_text": Family(MODEL_ARCH.GEMMA3, norm_shift=1.0, activations=_GELU),
+    "phi": Family(MODEL_ARCH.PHI2, activations=_GELU),
     "phi3": Family(MODEL_ARCH.PHI3),
 }
 
@@ -97,7 +100,8 @@ def family_of(config: Any) -> Family:
             f"GGUF is written for {', '.join(sorted(FAMILIES))}, and this is a {config.model_type} model",
             fix="export safetensors, or convert those with llama.cpp's convert_hf_to_gguf.py if it knows the model",
         )
-    if reasons := _CHECKS.get(config.model_type, _no_reasons)(config) + _rope_reasons(config):
+    reasons = _CHECKS.get(config.model_type, _no_reasons)(config) + _rope_reasons(config)
+    if reasons := reasons + _activation_reasons(config, family):
         raise ModelError(
             f"llama.cpp would not compute this {config.model_type} model as it was trained: {'; '.join(reasons)}",
             fix="export safetensors instead",
@@ -210,6 +214,12 @@ def _rope_reasons(config: Any) -> list[str]:
         }
         return [f"yarn with {', '.join(sorted(changed))}"] if changed else []
     return []
+
+
+def _activation_reasons(config: Any, family: Family) -> list[str]:
+    name = "hidden_activation" if hasattr(config, "hidden_activation") else "hidden_act"
+    found = getattr(config, name)
+    return [] if found in family.activations else [f"{name} is {found}, not {family.activations[0]}"]
 
 
 def _num_kv_heads(config: Any) -> int:

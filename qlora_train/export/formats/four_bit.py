@@ -80,7 +80,9 @@ def stored_parts(name: str, weight: Params4bit) -> dict[str, Tensor]:
     return {name: weight.data, **{f"{name}.{key}": value for key, value in packed_state(weight).items()}}
 
 
-def nf4_config(skipped: Collection[str], settings: QuantSettings = NF4) -> dict[str, Any]:
+def nf4_config(
+    skipped: Collection[str], settings: QuantSettings = NF4, compute_dtype: str = "bfloat16"
+) -> dict[str, Any]:
     """`quantization_config` of config.json. `skipped`: linear layers that are not quantised."""
     return {
         "quant_method": "bitsandbytes",
@@ -88,7 +90,7 @@ def nf4_config(skipped: Collection[str], settings: QuantSettings = NF4) -> dict[
         "load_in_8bit": False,
         "bnb_4bit_quant_type": settings.quant_type,
         "bnb_4bit_use_double_quant": settings.double_quant,
-        "bnb_4bit_compute_dtype": "bfloat16",
+        "bnb_4bit_compute_dtype": compute_dtype,
         "bnb_4bit_quant_storage": settings.storage_dtype,
         "llm_int8_skip_modules": sorted(skipped),
     }

@@ -133,17 +133,23 @@ class GgufModel:
         stored = self._stored(self._layout.name(parameter))
         return self._layout.to_model(parameter, stored) - self._layout.shift(parameter)
 
+    def rows(self, parameter: str, start: int, stop: int) -> Tensor:
+        """Rows of an embedding or a head, which lie there as in transformers: no others are dequantised."""
+        name = self._layout.name(parameter)
+        assert name in VOCABULARIES, name
+        return self._stored(name, slice(start, stop))
+
     def unequal(self, digests: Mapping[str, str]) -> list[str]:
         """Parameters that are not to the bit what was to be written, and tensors that belong to none."""
         known = {self._layout.name(parameter) for parameter in digests} | extra_tensors(self._layout.config).keys()
         wrong = [parameter for parameter, digest in digests.items() if _digest(self[parameter].numpy()) != digest]
         return sorted(wrong) + sorted(self._tensors.keys() - known)
 
-    def _stored(self, name: str) -> Tensor:
+    def _stored(self, name: str, rows: slice = slice(None)) -> Tensor:
         if name not in self._tensors:
             raise ModelError(f"{self._reader.data.filename} lacks the tensor {name}", fix="export again")
         tensor = self._tensors[name]
-        values = quants.dequantize(np.array(tensor.data), tensor.tensor_type)
+        values = quants.dequantize(np.array(tensor.data[rows]), tensor.tensor_type)
         return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import gc
 from dataclasses import dataclass
 
+import torch
+
 from qlora_train.evaluate.compare import distance, observe
 from qlora_train.export.layers import Weights, fill_whole, observe_in_layers
 from qlora_train.export.tensors import Onto
-from qlora_train.export.verify import Reference, Verdict, room_for
+from qlora_train.export.verify import Reference, Verdict, room_for, worst_layer
 from qlora_train.model.causal import CausalModel
 from qlora_train.model.hollow import build_hollow
 from qlora_train.model.skeleton import load_config
@@ -32,13 +34,25 @@ class FormatVerdict(Verdict):
 
 
 def measure(
-    run: FinishedRun, source: Source, reference: Reference, weights: Weights, *, onto: Onto, lossy: bool
+    run: FinishedRun,
+    source: Source,
+    reference: Reference,
+    weights: Weights,
+    *,
+    onto: Onto,
+    lossy: bool,
+    dtype: torch.dtype | None,
 ) -> FormatVerdict:
     """Run the model with what was read back over the rows of the reference, in float32.
 
+    `dtype`: what the weights were rounded to; None, where that is coarser than 16 bit and no layer can be held to it.
     Memory: as for the reference: a whole model, or one of its layers.
     """
     gc.collect()
+    worst = None
+    if dtype is not None and onto == "dequantized":
+        names = run.base_print.tensors
+        worst = worst_layer(run, reference, lambda name: weights.value(name).float(), names.__contains__, dtype)
     if reference.how == "layers":
         model = build_hollow(load_config(source), reference.device)
         (seen,) = observe_in_layers(model, weights, reference.batches, reference.device)
@@ -57,5 +71,6 @@ def measure(
         onto,
         export.max_loss_rise,
         reference.how,
+        worst,
         max_kl=export.max_kl if lossy else None,
     )

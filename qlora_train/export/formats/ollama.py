@@ -29,6 +29,7 @@ from qlora_train.errors import ModelError
 MODELFILE = "Modelfile"
 _PROGRAM = Path(__file__).with_name("render.go")
 _GO_S = 120
+_BEFORE_QUESTION = "\n\n"  # after what the system says, where a template has no place for it
 _DEFAULT_CONTEXT = 4096  # what Ollama gives a model that asks for nothing
 _MARKS = {"system": "qSYSTEMq", "user": "qUSER{}q", "assistant": "qANSWER{}q"}
 _SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty")
@@ -91,7 +92,7 @@ def read_turns(tokenizer: Any) -> Turns:
     if one is None or three is None or five is None:
         raise _inseparable("it does not render a conversation of three questions")
     turns = Turns(
-        *((system[0], system[1]) if system else ("", one[0])),
+        *((system[0], system[1]) if system else (one[0], _BEFORE_QUESTION)),
         before_question=one[0],
         after_question=three[1],
         after_answer=three[2],
@@ -174,13 +175,17 @@ def _plain_chat(messages: Sequence[dict[str, Any]]) -> bool:
 
 
 def render_with_go(template: str, conversations: Sequence[Sequence[dict[str, str]]]) -> list[str]:
-    """The conversations as Ollama would render them. ModelError when Go refuses the template."""
+    """The conversations as Ollama would render them. ModelError when Go refuses the template or is too slow."""
     asked = json.dumps({"template": template, "conversations": list(conversations)})
     with tempfile.TemporaryDirectory() as folder:
         program = shutil.copy(_PROGRAM, folder)
-        done = subprocess.run(
-            ["go", "run", program], input=asked, capture_output=True, text=True, timeout=_GO_S, check=False, cwd=folder
-        )
+        command = ["go", "run", program]
+        try:
+            done = subprocess.run(
+                command, input=asked, capture_output=True, text=True, timeout=_GO_S, check=False, cwd=folder
+            )
+        except subprocess.TimeoutExpired as error:
+            raise ModelError(f"Go does not render the template within {_GO_S} s", fix="export again") from error
     if done.returncode:
         raise ModelError(f"Go does not render the template: {done.stderr.strip()[:500]}", fix="report this")
     found: list[str] = json.loads(done.stdout)

@@ -15,6 +15,7 @@ from qlora_train.errors import ModelError
 from qlora_train.export.base import as_float32
 from qlora_train.export.formats.gguf_file import GgufModel
 from qlora_train.export.layers import Weights
+from qlora_train.export.safetensors_reader import read_rows
 from qlora_train.model.files import weight_files
 from qlora_train.quant.bnb import dequantize, from_packed
 from qlora_train.untrusted import read_header
@@ -31,8 +32,8 @@ class GgufWeights:
         return self.model[name]
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Of any tensor."""
-        return self.model[name][start:stop]
+        """Of an embedding or a head."""
+        return self.model.rows(name, start, stop)
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,10 @@ class FourBitFolder:
         return unpack_groups(parts[f"{stem}.weight_packed"], parts[f"{stem}.weight_scale"])
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Of any tensor."""
+        """Of any tensor; one that is not quantised is read no further than these."""
+        parts = self._parts[name]
+        if len(parts) == 1:
+            return read_rows(self._places[parts[0]], parts[0], start, stop).float()
         return self.value(name)[start:stop]
 
     def _read(self, part: str) -> Tensor:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from qlora_train.artifacts import publishing, read_json
 from qlora_train.data.parity import MAX_ROWS, golden_prompts
@@ -87,7 +90,8 @@ def _publish(job: Job, reference: Reference, name: str, target: Path) -> FormatR
     kind, run = FORMATS[name], job.run
     with publishing(target, manifest={"base_digest": run.base_print.digest, "format": name}) as folder:
         written = kind.write(job, folder)
-        verdict = measure(run, job.source, reference, written.weights, onto=kind.onto(job), lossy=kind.lossy)
+        onto = kind.onto(job)
+        verdict = measure(run, job.source, reference, written.weights, onto=onto, lossy=kind.lossy, dtype=kind.dtype)
         if not verdict.accepted:
             record_export(run, target, verdict)
             raise _too_far(name, verdict, lossy=kind.lossy)
@@ -102,20 +106,30 @@ def _publish(job: Job, reference: Reference, name: str, target: Path) -> FormatR
 
 def _result(name: str, target: Path, verdict: FormatVerdict, written: Written) -> FormatResult:
     num_bytes = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
-    commands = tuple(command.replace("THIS_FOLDER", str(target)) for command in written.commands)
+    commands = tuple(command.replace("THIS_FOLDER", shlex.quote(str(target))) for command in written.commands)
     return FormatResult(name, FORMATS[name].title, target, num_bytes, verdict, commands, written.notices)
 
 
 def _too_far(name: str, verdict: FormatVerdict, *, lossy: bool) -> ModelError:
     """Why a format was not published, with its measured price and how to accept it."""
     kl, off = verdict.merged, verdict.adapter_off
+    if not verdict.layers_hold and verdict.worst_layer is not None:
+        return ModelError(
+            f"--format {name}: {verdict.worst_layer.name} is not the trained one: the layer's output is off by "
+            f"{verdict.worst_layer.ratio:.3g} times what rounding explains",
+            fix="report this; nothing of this format was published",
+        )
     what = (
         f"--format {name} is not the model that was trained: KL {kl.mean_kl:.3g} nats per token is "
         f"{verdict.kl_frac:.1%} of the adapter's own effect ({off.mean_kl:.3g}); it agrees on {kl.top1_agreement:.1%} "
         f"of tokens, and the loss is {kl.candidate_nll:.4f} in place of {kl.reference_nll:.4f}"
     )
+    if verdict.onto == "original":
+        rise = f"export.max_loss_rise={verdict.loss_rise * 1.05:.2g}"
+        return ModelError(what, fix=f"give export.base=dequantized, or take the loss knowingly: {rise}")
     if not lossy:
-        return ModelError(what, fix="use a format of more bits, such as gguf-f32; nothing of this format was published")
+        finer = "use gguf-f32" if FORMATS[name].dtype in (torch.float16, torch.bfloat16) else "report this"
+        return ModelError(what, fix=f"{finer}; nothing of this format was published")
     if kl.mean_kl >= off.mean_kl:
         return ModelError(
             f"{what}: nothing of the training is left",

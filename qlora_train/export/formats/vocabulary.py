@@ -87,6 +87,11 @@ def read_vocabulary(tokenizer: Any, num_rows: int, end_token_ids: Sequence[int])
         pre_tokenizer, prefix = _pre_tokenizer_id(spec), False
     else:
         pre_tokenizer, prefix = "default", _adds_space_prefix(spec, notices)
+    if isinstance(tokenizer.chat_template, dict):
+        notices.append(
+            f"the model has several chat templates ({', '.join(sorted(tokenizer.chat_template))}), and the file holds "
+            "none of them: give llama-server one by --chat-template-file"
+        )
     probe = tokenizer("a")["input_ids"]
     return Vocabulary(
         kind="gpt2" if byte_level else "llama",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
@@ -18,8 +19,8 @@ from qlora_train.data.loader import eval_batches
 from qlora_train.data.parity import Golden, check_parity, write_golden
 from qlora_train.errors import MachineError, ModelError, Problem, RecipeError
 from qlora_train.export.base import BaseReader
+from qlora_train.export.configs import generation_settings, write_configs
 from qlora_train.export.formats import four_bit
-from qlora_train.export.formats.configs import generation_settings, write_configs
 from qlora_train.export.formats.families import family_of, hyperparameters
 from qlora_train.export.formats.gguf_file import FILE_TYPES, GgufModel, GgufModelWriter
 from qlora_train.export.formats.gguf_lora import read_gguf_lora, write_gguf_lora
@@ -106,6 +107,7 @@ class Format:
     check: Callable[[Job], None]  # refuses before any work
     lossy: bool = False  # rounds the merged weights further than 16 bit do: may be published by `export.max_kl`
     adapter_only: bool = False
+    dtype: torch.dtype | None = None  # what weights are rounded to; None: coarser than 16 bit
 
     def onto(self, job: Job) -> Onto:
         """What the updates stand on: for an adapter alone, the base that it was trained on."""
@@ -114,8 +116,15 @@ class Format:
 
 def write_gguf(job: Job, folder: Path, file_type: str) -> Written:
     """A merged model in GGUF, with a Modelfile beside it."""
-    path = folder / f"model-{file_type}.gguf"
-    tensors, vocabulary = job.tensors(), job.vocabulary()
+    path, vocabulary = folder / f"model-{file_type}.gguf", job.vocabulary()
+    model, notices = _write_gguf_file(job, path, file_type, vocabulary)
+    notices = (*notices, *_write_modelfile(job, folder, path.name, vocabulary))
+    return Written(GgufWeights(model), _gguf_commands(path.name), notices)
+
+
+def _write_gguf_file(job: Job, path: Path, file_type: str, vocabulary: Vocabulary) -> tuple[GgufModel, tuple[str, ...]]:
+    """The merged model in one file, read back and compared; what its users must know."""
+    tensors = job.tensors()
     shapes = {tensors.parameter(stored): tensors.shape(stored) for stored in tensors.names}
     writer = GgufModelWriter(path, job.config, vocabulary, shapes, file_type=file_type, name=job.name)
     for stored, values in tensors:
@@ -125,25 +134,24 @@ def write_gguf(job: Job, folder: Path, file_type: str) -> Written:
     model = GgufModel(path, job.config)
     if unequal := model.unequal(writer.digests):
         raise ModelError(f"{path.name}: {unequal[0]} is not what was written (of {len(unequal)})", fix="check the disk")
-    notices = (*writer.notices, *_write_modelfile(job, folder, path.name, vocabulary))
-    return Written(GgufWeights(model), _gguf_commands(path.name), notices)
+    return model, tuple(writer.notices)
 
 
 def write_k_quant(job: Job, folder: Path, name: str) -> Written:
     """A K-quant by llama.cpp's own program, from a float32 file that is removed again."""
     program = shutil.which(QUANTIZER)
     assert program is not None, "checked before"
-    write_gguf(job, folder, "F32")
-    source, path = folder / "model-F32.gguf", folder / f"model-{name.upper()}.gguf"
+    source, path, vocabulary = folder / "model-F32.gguf", folder / f"model-{name.upper()}.gguf", job.vocabulary()
+    _, notices = _write_gguf_file(job, source, "F32", vocabulary)
     command = [program, str(source), str(path), name.upper()]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode or not path.is_file():
         what = (done.stderr or done.stdout).strip()[-500:]
         raise MachineError(
-            f"{QUANTIZER} did not write {path.name}: {what}", fix=f"run it yourself: {' '.join(command)}"
+            f"{QUANTIZER} did not write {path.name}: {what}", fix=f"run it yourself: {shlex.join(command)}"
         )
     source.unlink()
-    notices = _write_modelfile(job, folder, path.name, job.vocabulary())
+    notices = (*notices, *_write_modelfile(job, folder, path.name, vocabulary))
     return Written(GgufWeights(GgufModel(path, job.config)), _gguf_commands(path.name), notices)
 
 
@@ -172,7 +180,8 @@ def write_plain_lora(job: Job, folder: Path) -> Written:
     # vLLM quantises so while it loads: NF4 with double quantisation.
     in_four_bit = " --quantization bitsandbytes" if quant and quant["quant_type"] == "nf4" else ""
     served = (
-        f"vllm serve {base}{in_four_bit} --enable-lora --max-lora-rank {rank} --lora-modules {job.name}=THIS_FOLDER"
+        f"vllm serve {shlex.quote(base)}{in_four_bit} --enable-lora --max-lora-rank {rank} "
+        f"--lora-modules {shlex.quote(job.name)}=THIS_FOLDER"
     )
     weights = AdapterWeights(TrainedWeights(BaseReader(job.run, job.source)), read_deltas(folder))
     return Written(weights, (served,), (_ON_ITS_BASE.format("base that is not quantised so"),) if quant else ())
@@ -193,6 +202,7 @@ def write_nf4_lora(job: Job, folder: Path) -> Written:
     """The base with the very 4-bit codes of the training, and the adapter beside it: 4 bits a weight, and exact."""
     reader, (base, adapter) = BaseReader(job.run, job.source), (folder / "base", folder / "adapter")
     settings = QuantSettings(**job.run.base_print.quant)  # type: ignore[arg-type]
+    compute_dtype = job.run.recipe.model.compute_dtype
     for part in (base, adapter):
         part.mkdir()
         job.tokenizer.save_pretrained(str(part))
@@ -204,13 +214,13 @@ def write_nf4_lora(job: Job, folder: Path) -> Written:
     writer.close()
     names = job.linear_names()
     skipped = [name for name in names if not job.run.base_print.tensors[f"{name}.weight"].quantised]
-    quantisation = four_bit.nf4_config([head_name(build_skeleton(job.config)), *skipped], settings)
-    write_configs(base, job.source, job.end_token_ids, job.run.recipe.model.compute_dtype, quantisation)
+    quantisation = four_bit.nf4_config([head_name(build_skeleton(job.config)), *skipped], settings, compute_dtype)
+    write_configs(base, job.source, job.end_token_ids, compute_dtype, quantisation)
     rank = write_lora(adapter, job.run.run_dir.adapter, names, "../base")
     write_golden(folder, job.golden)
     check_parity(base, job.golden)
     weights = AdapterWeights(FourBitFolder(base, stored_names), read_deltas(adapter))
-    lora = f"--enable-lora --max-lora-rank {rank} --lora-modules {job.name}=THIS_FOLDER/adapter"
+    lora = f"--enable-lora --max-lora-rank {rank} --lora-modules {shlex.quote(job.name)}=THIS_FOLDER/adapter"
     return Written(weights, (f"vllm serve THIS_FOLDER/base {lora}",))
 
 
@@ -271,7 +281,7 @@ def _write_modelfile(job: Job, folder: Path, model: str, vocabulary: Vocabulary)
             template = turns.go_template()
             remark = check_template(template, job.golden, bos if bos and vocabulary.add_bos else "").words
         except ModelError as error:
-            remark = f"left out: {error.problems[0].what}"
+            template, remark = None, f"left out: {' '.join(error.problems[0].what.split())}"
     generation = generation_settings(job.source, job.end_token_ids)
     ends = generation["eos_token_id"]
     stops = [job.tokenizer.convert_ids_to_tokens(number) for number in (ends if isinstance(ends, list) else [ends])]
@@ -343,11 +353,11 @@ def check_w4a16(job: Job) -> None:
     four_bit.group_size_for({layer.in_features for layer in layers.values()})
 
 
-def _gguf(file_type: str, bits: float, *, lossy: bool = False) -> Format:
+def _gguf(file_type: str, bits: float, *, lossy: bool = False, dtype: torch.dtype | None = None) -> Format:
     def write(job: Job, folder: Path) -> Written:
         return write_gguf(job, folder, file_type)
 
-    return Format(f"GGUF {file_type} (llama.cpp, Ollama)", bits, write, check_gguf_model, lossy)
+    return Format(f"GGUF {file_type} (llama.cpp, Ollama)", bits, write, check_gguf_model, lossy, dtype=dtype)
 
 
 def _k_quant(name: str) -> Format:
@@ -361,16 +371,29 @@ def _k_quant(name: str) -> Format:
 
 
 FORMATS: Mapping[str, Format] = {
-    "gguf-f32": _gguf("F32", 32),
-    "gguf-f16": _gguf("F16", 16),
-    "gguf-bf16": _gguf("BF16", 16),
+    "gguf-f32": _gguf("F32", 32, dtype=torch.float32),
+    "gguf-f16": _gguf("F16", 16, dtype=torch.float16),
+    "gguf-bf16": _gguf("BF16", 16, dtype=torch.bfloat16),
     "gguf-q8_0": _gguf("Q8_0", 8.5, lossy=True),
-    "gguf-q4_1": _gguf("Q4_1", 5, lossy=True),
+    "gguf-q4_1": _gguf("Q4_1", 8, lossy=True),
     **{f"gguf-{name}": _k_quant(name) for name in K_QUANTS},
-    "gguf-lora": Format("the adapter for llama.cpp", 0, write_adapter_gguf, check_adapter_gguf, adapter_only=True),
-    "lora": Format("the adapter for PEFT and vLLM", 0, write_plain_lora, check_adapter, adapter_only=True),
+    "gguf-lora": Format(
+        "the adapter for llama.cpp",
+        0,
+        write_adapter_gguf,
+        check_adapter_gguf,
+        adapter_only=True,
+        dtype=torch.float32,
+    ),
+    "lora": Format(
+        "the adapter for PEFT and vLLM", 0, write_plain_lora, check_adapter, adapter_only=True, dtype=torch.float32
+    ),
     "nf4-lora": Format(
-        "NF4 base as trained, adapter beside it (transformers, vLLM)", 8, write_nf4_lora, check_nf4_lora
+        "NF4 base as trained, adapter beside it (transformers, vLLM)",
+        8,
+        write_nf4_lora,
+        check_nf4_lora,
+        dtype=torch.float32,
     ),
     "nf4": Format("bitsandbytes NF4 (transformers, vLLM)", 8, write_nf4, check_nf4, lossy=True),
     "w4a16": Format("compressed-tensors W4A16 (vLLM)", 8, write_w4a16, check_w4a16, lossy=True),

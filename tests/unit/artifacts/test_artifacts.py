@@ -323,6 +323,23 @@ def test_a_replacement_that_fails_leaves_the_old_folder(tmp_path: Path, monkeypa
     assert names(tmp_path) == {"target"} and manifest_faults(target) == []
 
 
+def test_a_killed_replacement_does_not_block_the_next(tmp_path: Path) -> None:
+    """Killed after the second rename: the former holder is left beside the new one."""
+    target = publish(tmp_path / "target")
+    publish(tmp_path / f"{REPLACED_PREFIX}target")
+    with publishing(target, manifest={"step": 8}, replace=True):
+        pass
+    assert names(tmp_path) == {"target"} and read_manifest(target)["step"] == 8
+
+
+def test_sweep_leaves_a_folder_that_is_being_filled(tmp_path: Path) -> None:
+    with publishing(tmp_path / "target", manifest={}) as folder:
+        (folder / "half").write_text("x")
+        sweep(tmp_path)
+        assert names(folder) == {"half"}
+    assert manifest_faults(tmp_path / "target") == []
+
+
 def test_sweep_gives_a_replaced_folder_its_name_back_only_where_the_place_is_empty(tmp_path: Path) -> None:
     """What a kill between the two renames of a replacement leaves; and one after them."""
     publish(tmp_path / f"{REPLACED_PREFIX}one")

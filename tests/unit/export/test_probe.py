@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from qlora_train.export.probe import Deviation, Probe, deviations, probing
+from qlora_train.export.probe import Deviation, Probe, deviations, probing, recheck
 from tests.adapted import adapted_model
 
 NAMES = ("a.weight", "b.weight", "c.weight")
@@ -73,3 +73,29 @@ def test_the_first_call_of_every_adapted_layer_is_noted() -> None:
     with torch.no_grad(), probing(model) as after:
         pass
     assert after == {} and not any(layer._forward_hooks for layer in model.modules())
+
+
+def coherent() -> tuple[Probe, torch.Tensor, torch.Tensor]:
+    """A layer whose weights all have one value: each is rounded alike, and inputs of one sign add the errors up."""
+    exact = torch.full((256, 64), 0.02001953125 + 0.45 * 2**-13)  # a bfloat16 number and 0.45 of its last place
+    x = torch.rand(8, 64) + 0.5
+    return Probe(x, x @ exact.T), exact, exact.bfloat16().float()
+
+
+def test_roundings_that_add_up_are_told_from_a_fault() -> None:
+    probe, exact, written = coherent()
+    (suspect,) = deviations({"a.weight": probe}, lambda name: written, lambda name: False, torch.bfloat16)
+    assert suspect.ratio > 3
+    assert recheck(suspect, probe, written, exact, None, torch.bfloat16).ratio == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize("fault", ["the merge", "the file"])
+def test_a_fault_stays_one(fault: str) -> None:
+    """A merged weight that was computed wrongly, and one that was written otherwise than computed."""
+    probe, exact, written = coherent()
+    if fault == "the merge":
+        exact, written = exact * 1.05, (exact * 1.05).bfloat16().float()
+    else:
+        written = written * 1.05
+    (suspect,) = deviations({"a.weight": probe}, lambda name: written, lambda name: False, torch.bfloat16)
+    assert recheck(suspect, probe, written, exact, None, torch.bfloat16).ratio > 3

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from qlora_train.errors import MachineError
+from qlora_train.errors import MachineError, ModelError, RecipeError
 from qlora_train.export.unfinished import finished_shards, shards_folder
 
 KEY = {"adapter": "a", "tensors": [["w", [2, 2], "torch.bfloat16"]]}
@@ -60,15 +60,18 @@ def test_shards_of_another_export_are_not(change: dict[str, Any], tmp_path: Path
         assert finished.take_over(NAME, {**KEY, **change}) is None
 
 
-def test_an_error_removes_them_and_leftovers_of_this_target_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("error", [ModelError("wrong"), RecipeError("wrong"), MachineError("full"), MemoryError()])
+def test_a_wrong_result_removes_them_and_nothing_else_does(tmp_path: Path, error: BaseException) -> None:
+    """What found no room, no memory or no time goes on from them; leftovers of this target go in any case."""
     leave(tmp_path / "out")
     ours, others = tmp_path / ".tmp-out-123-0123abcd", tmp_path / ".tmp-out-b-123-0123abcd"
     ours.mkdir()
     others.mkdir()
-    with pytest.raises(KeyError), finished_shards(tmp_path / "out"):
+    with pytest.raises(type(error)), finished_shards(tmp_path / "out"):
         assert not ours.exists() and others.exists()
-        raise KeyError
-    assert list(tmp_path.iterdir()) == [others]
+        raise error
+    gone = isinstance(error, ModelError | RecipeError)
+    assert (list(tmp_path.iterdir()) == [others]) is gone and others.exists()
 
 
 def test_two_exports_to_one_target_do_not_meet(tmp_path: Path) -> None:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from gguf import quants
 from transformers import GPT2Config, MistralConfig, Phi3Config
 
 from qlora_train.errors import ModelError
 from qlora_train.export.formats.families import Layout, extra_tensors, hyperparameters
-from tests.unit.export_formats.served import CONFIGS
+from qlora_train.export.formats.gguf_file import GgufModel, GgufModelWriter
+from qlora_train.export.formats.readers import GgufWeights
+from qlora_train.export.formats.vocabulary import read_vocabulary
+from tests.unit.export_formats.served import CONFIGS, random_model, tokenizer_for
 
 
 def config(family: str, **changes: Any) -> Any:
@@ -68,12 +73,38 @@ def test_a_parameter_without_a_place_is_named() -> None:
         ("gemma3", {"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30"),
         ("gemma3", {"layer_types": ["sliding_attention"] * 6}, "layer_types"),
         ("phi", {"qk_layernorm": True}, "qk_layernorm"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act is gelu, not silu"),
+        ("phi3", {"hidden_act": "gelu_new"}, "hidden_act is gelu_new, not silu"),
+        ("gemma2", {"hidden_activation": "gelu"}, "hidden_activation is gelu, not gelu_pytorch_tanh"),
+        ("phi", {"hidden_act": "silu"}, "hidden_act is silu, not gelu_pytorch_tanh"),
     ],
 )
 def test_what_llama_cpp_computes_otherwise_is_refused(family: str, changes: dict[str, Any], words: str) -> None:
     hyperparameters(config(family))  # as it is, it is taken
     with pytest.raises(ModelError, match=words):
         hyperparameters(config(family, **changes))
+
+
+def test_other_names_of_the_same_activation_are_taken() -> None:
+    assert hyperparameters(config("llama", hidden_act="swish")) == hyperparameters(config("llama"))
+    assert hyperparameters(config("phi", hidden_act="gelu_fast")) == hyperparameters(config("phi"))
+
+
+@pytest.mark.parametrize("file_type", ["F32", "BF16", "Q8_0"])
+def test_only_the_rows_that_are_asked_for_are_dequantised(
+    file_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, path = random_model("llama"), tmp_path / "m.gguf"
+    shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
+    vocabulary = read_vocabulary(tokenizer_for("llama"), model.config.vocab_size, [])
+    writer = GgufModelWriter(path, model.config, vocabulary, shapes, file_type=file_type, name="tiny")
+    for name, value in model.named_parameters():
+        writer.add(name, value)
+    writer.close()
+    weights = GgufWeights(GgufModel(path, model.config))
+    whole, seen, plain = weights.value("model.embed_tokens.weight"), [], quants.dequantize
+    monkeypatch.setattr(quants, "dequantize", lambda data, kind: (seen.append(len(data)), plain(data, kind))[1])
+    assert torch.equal(weights.rows("model.embed_tokens.weight", 30, 47), whole[30:47]) and seen == [17]
 
 
 def test_other_models_are_refused_with_those_that_are_known() -> None:

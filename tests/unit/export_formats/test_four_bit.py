@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from qlora_train.errors import ModelError
+from qlora_train.export.configs import write_configs
 from qlora_train.export.formats.four_bit import (
     ShardWriter,
     encode_nf4,
@@ -22,8 +26,11 @@ from qlora_train.export.formats.four_bit import (
     w4a16_config,
 )
 from qlora_train.export.formats.readers import FourBitFolder, unpack_groups
+from qlora_train.export.formats.run import _result
+from qlora_train.export.formats.writers import FORMATS
 from qlora_train.model.load import to_float32
 from qlora_train.model.skeleton import linear_layers
+from qlora_train.model.source import Source
 from qlora_train.quant.bnb import forbid_cpu_repacking
 from tests.unit.export_formats.served import random_model
 
@@ -107,6 +114,51 @@ def test_transformers_loads_the_weights_that_our_reader_reads(kind: str, tmp_pat
         theirs, ours, trained = (m(input_ids=ids).logits for m in (loaded, dense, random_model("llama")))
     torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-3)
     assert (ours - trained).abs().max() > 0.1, "negative control: 4 bit show"
+
+
+def test_of_a_tensor_that_is_not_quantised_only_the_rows_asked_for_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, read = write(tmp_path, "nf4")
+    name, packed = "model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight"
+    whole, rows = read.value(name), read.value(packed)[3:9]
+    assert torch.equal(read.rows(packed, 3, 9), rows)
+    monkeypatch.setattr(FourBitFolder, "_read", None)
+    assert torch.equal(read.rows(name, 30, 47), whole[30:47]) and read.rows(name, 0, 1).dtype == torch.float32
+
+
+def test_the_compute_dtype_is_the_one_given() -> None:
+    assert nf4_config([], compute_dtype="float32")["bnb_4bit_compute_dtype"] == "float32"
+    assert nf4_config([])["bnb_4bit_compute_dtype"] == "bfloat16"
+
+
+def test_served_commands_quote_the_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "two words"
+    written: Any = SimpleNamespace(commands=("vllm serve THIS_FOLDER/base",), notices=())
+    (command,) = _result("nf4", folder, None, written).commands  # type: ignore[arg-type]
+    assert shlex.split(command) == ["vllm", "serve", f"{folder}/base"]
+
+
+def test_room_for_q4_1_counts_its_16_bit_vocabulary() -> None:
+    """Llama 3.2 1B: the tied embedding is 128,256 x 2,048 of 1,235.8 M weights."""
+    embedding = 128_256 * 2_048 / 1_235_814_400
+    assert FORMATS["gguf-q4_1"].bits >= 16 * embedding + 5 * (1 - embedding)
+
+
+def test_configs_are_the_bases_own_with_what_changes(tmp_path: Path) -> None:
+    base = {"torch_dtype": "float16", "auto_map": {}, "hidden_size": 8, "eos_token_id": 2}
+    (tmp_path / "config.json").write_text(json.dumps(base))
+    (tmp_path / "out").mkdir()
+    write_configs(tmp_path / "out", Source("base", tmp_path), [7], "bfloat16", {"quant_method": "x"})
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written == {
+        "hidden_size": 8,
+        "eos_token_id": 2,
+        "dtype": "bfloat16",
+        "quantization_config": {"quant_method": "x"},
+    }
+    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert sorted(generation["eos_token_id"]) == [2, 7]
 
 
 def test_shards_are_the_single_file_cut_up(tmp_path: Path) -> None:

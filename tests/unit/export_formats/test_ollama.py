@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from qlora_train.data.parity import golden_prompts
 from qlora_train.errors import ModelError
-from qlora_train.export.formats import ollama
+from qlora_train.export.formats import ollama, writers
 from qlora_train.export.formats.ollama import check_template, modelfile, read_turns, render_with_go, without_bos
-from tests.unit.export_formats.served import build_tokenizer
+from qlora_train.export.formats.vocabulary import read_vocabulary
+from tests.unit.export_formats.served import CONFIGS, build_tokenizer
 
 needs_go = pytest.mark.skipif(shutil.which("go") is None, reason="needs Go (apt install golang-go)")
 pytestmark = pytest.mark.usefixtures("shared_workers")
@@ -82,6 +86,70 @@ def test_messages_are_joined_as_ollama_joins_them() -> None:
 def test_a_template_that_go_refuses_is_an_error() -> None:
     with pytest.raises(ModelError, match="Go does not render"):
         render_with_go("{{ .Missing", [[]])
+
+
+def test_a_template_that_takes_too_long_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(command: list[str], **settings: Any) -> None:
+        raise subprocess.TimeoutExpired(command, settings["timeout"])
+
+    monkeypatch.setattr(ollama.subprocess, "run", slow)
+    with pytest.raises(ModelError, match="within 120 s"):
+        render_with_go("", [[]])
+
+
+@needs_go
+def test_what_the_system_says_goes_into_the_first_question_where_it_has_no_place() -> None:
+    tokenizer = build_tokenizer("sentencepiece")
+    tokenizer.chat_template = TEMPLATES["mistral"]
+    turns = [{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}]
+    template = read_turns(tokenizer).go_template()
+    assert render_with_go(template, [turns, turns[1:]]) == ["<s>[INST] S\n\nQ [/INST]", "<s>[INST] Q [/INST]"]
+
+
+def job_with(tokenizer: Any, folder: Path) -> Any:
+    """What a Modelfile is written from."""
+    (folder / "config.json").write_text("{}")
+    source = SimpleNamespace(folder=folder)
+    ends = [tokenizer.eos_token_id]
+    return SimpleNamespace(
+        tokenizer=tokenizer, golden=[], source=source, end_token_ids=ends, config=CONFIGS["llama"], vocabulary=list
+    )
+
+
+def test_a_template_that_go_refuses_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise ModelError("Go does not render the template:\nline 1: no", fix="report this")
+
+    tokenizer = tokenizer_with(None)
+    job, vocabulary = job_with(tokenizer, tmp_path), read_vocabulary(tokenizer, 512, [])
+    writers._write_modelfile(job, tmp_path, "m.gguf", vocabulary)
+    assert "TEMPLATE" in (tmp_path / "Modelfile").read_text(), "negative control"
+    monkeypatch.setattr(writers, "check_template", refuse)
+    (notice,) = writers._write_modelfile(job, tmp_path, "m.gguf", vocabulary)
+    lines = (tmp_path / "Modelfile").read_text().splitlines()
+    assert lines[0] == "# Template left out: Go does not render the template: line 1: no."
+    assert notice == "Modelfile: template left out: Go does not render the template: line 1: no"
+    assert lines[1] == "FROM ./m.gguf" and not any(line.startswith("TEMPLATE") for line in lines)
+
+
+def test_k_quants_keep_the_notices_of_the_file_they_are_made_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write_file(job: Any, path: Path, *_: Any) -> tuple[None, tuple[str, ...]]:
+        path.touch()
+        return None, ("the context is short",)
+
+    def quantise(command: list[str], **_: Any) -> Any:
+        Path(command[2]).touch()
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(writers.shutil, "which", str)
+    monkeypatch.setattr(writers.subprocess, "run", quantise)
+    monkeypatch.setattr(writers, "_write_gguf_file", write_file)
+    monkeypatch.setattr(writers, "_write_modelfile", lambda *_: ("Modelfile: template none",))
+    monkeypatch.setattr(writers, "GgufModel", lambda *_: None)
+    written = writers.write_k_quant(job_with(tokenizer_with(None), tmp_path), tmp_path, "q4_k_m")
+    assert written.notices == ("the context is short", "Modelfile: template none")
 
 
 def test_without_go_it_says_unverified(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -143,3 +143,11 @@ def test_what_it_leaves_out_is_a_notice() -> None:
     assert first.add_space_prefix and "first word only" in first.notices[0]
     never = read(changed("sentencepiece", normalizer=None, pre_tokenizer={**metaspace, "prepend_scheme": "never"}))
     assert not never.add_space_prefix and not never.notices
+
+
+def test_several_chat_templates_are_a_notice() -> None:
+    tokenizer = build_tokenizer("gpt-2")
+    tokenizer.chat_template = {"tool_use": "{{ messages }}", "default": "{{ messages }}"}
+    found = read(tokenizer)
+    assert found.chat_template is None
+    assert "several chat templates (default, tool_use)" in found.notices[0] and "none of them" in found.notices[0]

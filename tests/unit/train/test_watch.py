@@ -48,6 +48,15 @@ def test_a_has_no_gradient_in_the_first_step() -> None:
     assert dead.look(torch.ones(4), MOVED, 2.0, 1e-4) == []
 
 
+def test_a_resumed_run_has_no_first_steps() -> None:
+    """Near the end of a schedule updates round to nothing."""
+    for from_start in (True, False):
+        dead = DeadAdapters(NAMES, START, from_start=from_start)
+        told = [dead.look(torch.ones(4), START, 2.0, 1e-30) for _ in range(FEW_STEPS + 1)]
+        assert any(told) == from_start
+    assert any(dead.look(torch.zeros(4), START, 0.0, 1e-30) for _ in range(ZERO_STEPS)), "still told of gradients"
+
+
 @pytest.mark.parametrize(("norms", "words"), [([1, 1, 0, 0], "1 of the 2"), ([0, 0, 0, 0], "any of the 2")])
 def test_layers_that_no_gradient_reaches_are_named(norms: list[int], words: str) -> None:
     dead = DeadAdapters(NAMES, START)
