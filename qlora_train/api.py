@@ -253,9 +253,9 @@ def replay(
 ) -> Replay:
     """Make logged steps of a run again, in memory, and compare: what a resume is worth on this machine.
 
-    From the newest checkpoint (or that of `from_step`) after which steps were logged: one step, or those up to the next
-    checkpoint where it is near, whose adapter is compared too. Nothing of the run is changed. Raises ResumeError where
-    there is no such step, or the run is another one.
+    From the newest checkpoint (or that of `from_step`) after which steps were logged: two steps, or one where no second
+    is not logged; or those up to the next checkpoint where it is near, whose adapter is compared too. Nothing of the
+    run is changed. Raises ResumeError where there is no such step, or the run is another one.
     """
     return run_replay(load_recipe(recipe, overrides), from_step=from_step, reporter=reporter or Silent())
 

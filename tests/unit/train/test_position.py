@@ -65,6 +65,7 @@ def test_the_loop_saves_the_order_of_the_next_step_s_epoch(monkeypatch: pytest.M
     monkeypatch.setattr(loop, "train_step", step_of)
     monkeypatch.setattr(loop, "save_checkpoint", lambda _run_dir, state, *_: saved.append(replace(state)) or anything)
     monkeypatch.setattr(loop, "retire_old", lambda *_: None)
+    monkeypatch.setattr(loop, "trained_values_are_finite", lambda _: True)
     recipe = Recipe(
         model=ModelSection(path="/models/tiny"),
         data=DataSection(train=(SourceSection(path="a.jsonl"),)),
