@@ -134,7 +134,7 @@ def test_a_fork_is_recorded_and_trained(straight: Path, tmp_path: Path) -> None:
     assert state_digest(run) != state_digest(straight / "run")
     rates = [line["learning_rate"] for line in logged(run, "train")]
     assert rates[2:] == [2 * line["learning_rate"] for line in logged(straight / "run", "train")][2:]  # type: ignore[operator]
-    assert losses(run)[:3] == losses(straight / "run")[:3], "the first steps are the same, each logged once"
+    assert losses(run)[:2] == losses(straight / "run")[:2], "the first steps are the same, each logged once"
     again = resume(folder, "train.learning_rate=0.02")
     assert again.code == 0 and "already complete" in again.err, "from then on it is this run's own value"
 
