@@ -16,10 +16,9 @@ from qlora_train.adapters.layers import Lora4bit, LoraFloat, lora_layers
 from qlora_train.adapters.state import load_adapter_config
 from qlora_train.adapters.updates import Delta
 from qlora_train.errors import ModelError
+from qlora_train.names import PEFT_PREFIX
 from qlora_train.recipe.methods import METHODS
 from qlora_train.recipe.schema import AdapterSection
-
-_PREFIX = "base_model.model."
 
 
 def mixture_config(section: AdapterSection) -> AdapterConfig:
@@ -65,7 +64,7 @@ def fill_experts(model: PeftModel, folders: Sequence[Path]) -> None:
 
     ModelError where an expert's update fits no layer of the model.
     """
-    layers = {name.removeprefix(_PREFIX): layer for name, layer in lora_layers(model).items()}
+    layers = {name.removeprefix(PEFT_PREFIX): layer for name, layer in lora_layers(model).items()}
     for index, folder in enumerate(folders):
         for name, delta in read_deltas(folder).items():
             layer = layers.get(name.removesuffix(".weight"))

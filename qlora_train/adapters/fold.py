@@ -11,8 +11,7 @@ from qlora_train.adapters.updates import Delta as Delta
 from qlora_train.adapters.updates import RowDelta
 from qlora_train.adapters.updates import Update as Update
 from qlora_train.errors import ModelError
-
-_PEFT_PREFIX = "base_model.model."
+from qlora_train.names import PEFT_PREFIX
 
 
 def read_updates(adapter: Path) -> dict[str, Update]:
@@ -26,7 +25,7 @@ def read_updates(adapter: Path) -> dict[str, Update]:
         module, attribute = split_name(name)
         modules.setdefault(module, {})[attribute] = tensor
     return {
-        f"{module.removeprefix(_PEFT_PREFIX)}.{parameter}": update
+        f"{module.removeprefix(PEFT_PREFIX)}.{parameter}": update
         for module in sorted(modules)
         for parameter, update in config.form.updates(modules[module], config.scaling_of(module)).items()
     }

@@ -35,11 +35,10 @@ from qlora_train.artifacts import (
 )
 from qlora_train.errors import ModelError, RecipeError
 from qlora_train.model.binding import check_published, read_base, read_binding, refuse_changed_recipe
+from qlora_train.names import PEFT_PREFIX
 from qlora_train.recipe.load import LoadedRecipe, load_resolved, resolved_yaml
 from qlora_train.recipe.methods import METHODS, Method
 from qlora_train.recipe.schema import AdapterSection, Recipe
-
-_PEFT_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
@@ -227,8 +226,8 @@ def _write_tensors(folder: Path, config: LoraConfig, deltas: Mapping[str, Delta]
     tensors = {}
     for module, delta in deltas.items():
         assert delta.scaling == 1, module
-        tensors[f"{_PEFT_PREFIX}{module}.lora_A.weight"] = delta.lora_A.contiguous()
-        tensors[f"{_PEFT_PREFIX}{module}.lora_B.weight"] = delta.lora_B.contiguous()
+        tensors[f"{PEFT_PREFIX}{module}.lora_A.weight"] = delta.lora_A.contiguous()
+        tensors[f"{PEFT_PREFIX}{module}.lora_B.weight"] = delta.lora_B.contiguous()
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     config.save_pretrained(str(folder))
 

@@ -12,6 +12,7 @@ from qlora_train.model.hollow import build_hollow
 from qlora_train.model.skeleton import load_config
 from qlora_train.model.source import Source
 from qlora_train.model.trained import FinishedRun
+from qlora_train.names import PEFT_PREFIX
 from qlora_train.recipe.methods import METHODS
 
 
@@ -29,7 +30,7 @@ def start_of(run: FinishedRun, source: Source) -> dict[str, Tensor] | None:
     hollow = build_hollow(load_config(source), torch.device("cpu"), run.base_print)
     model = attach_adapter(hollow, adapter, run.recipe.run.seed, base_name="", fused=False)
     return {
-        name.removeprefix("base_model.model.").removesuffix(".lora_A.weight"): tensor
+        name.removeprefix(PEFT_PREFIX).removesuffix(".lora_A.weight"): tensor
         for name, tensor in adapter_tensors(model).items()
         if name.endswith(".lora_A.weight")
     }

@@ -24,6 +24,7 @@ from qlora_train.analysis.sparse import nearest, sparse_sum
 from qlora_train.analysis.spectrum import Spectrum, in_model_order, spectra
 from qlora_train.artifacts import sha256_file
 from qlora_train.errors import ModelError, RecipeError
+from qlora_train.names import PEFT_PREFIX
 
 CombinationType = Literal["cat", "ties", "dare"]
 COMBINATION_TYPES: tuple[CombinationType, ...] = get_args(CombinationType)
@@ -68,7 +69,7 @@ def describe_adapter(path: Path) -> AdapterInfo:
     spectrum = {s.module: s for s in spectra({module: delta_svd(delta) for module, delta in deltas.items()})}
     modules = []
     for module in in_model_order(updates):
-        stem = f"base_model.model.{module}"
+        stem = f"{PEFT_PREFIX}{module}"
         halves = [tensors.get(f"{stem}.lora_{half}.weight") for half in "AB"]
         norms = [None if half is None else float(half.double().norm()) for half in halves]
         modules.append(

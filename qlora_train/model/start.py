@@ -31,6 +31,7 @@ from qlora_train.model.files import StoredTensor, stored_tensors
 from qlora_train.model.load import Base
 from qlora_train.model.probe import probe_gradients, probe_inputs
 from qlora_train.model.skeleton import build_skeleton, load_config
+from qlora_train.names import PEFT_PREFIX
 from qlora_train.quant.bnb import Linear4bit, Params4bit, dequantize, quantize, settings_of
 from qlora_train.quant.fingerprint import TensorPrint, print_tensor
 from qlora_train.recipe.methods import METHODS
@@ -74,7 +75,7 @@ def parameter_of(layer_name: str) -> str:
     >>> parameter_of("base_model.model.model.layers.0.mlp.up_proj")
     'model.layers.0.mlp.up_proj.weight'
     """
-    return f"{layer_name.removeprefix('base_model.model.')}.weight"
+    return f"{layer_name.removeprefix(PEFT_PREFIX)}.weight"
 
 
 @dataclass
@@ -190,7 +191,7 @@ def set_ranks(model: Any, ranks: Mapping[str, int]) -> None:
         adapter, r = layer.active_adapters[0], ranks[name]
         if r == layer.r[adapter]:
             continue
-        config, pattern = model.peft_config[adapter], re.escape(name.removeprefix("base_model.model."))
+        config, pattern = model.peft_config[adapter], re.escape(name.removeprefix(PEFT_PREFIX))
         config.rank_pattern[pattern] = r
         layer.lora_alpha[adapter] = config.alpha_pattern[pattern] = layer.lora_alpha[adapter] * r / layer.r[adapter]
         layer.r[adapter] = r

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
+from qlora_train.names import PEFT_PREFIX
 from qlora_train.quant.bnb import Params4bit, QuantSettings, packed_parts, settings_of
 
 QUANT_TYPES = ("nf4", "fp4", "int4")
@@ -128,7 +129,7 @@ def base_parameter_name(name: str) -> str | None:
     """
     if ".lora_" in name:
         return None
-    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+    return name.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")
 
 
 def print_base(model: nn.Module) -> BasePrint:

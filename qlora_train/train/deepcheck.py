@@ -24,6 +24,7 @@ from qlora_train.model.checkpointing import decoder_layers
 from qlora_train.model.load import memory_advice, with_end_tokens
 from qlora_train.model.skeleton import head_name, linear_layers
 from qlora_train.model.table import dtype_table
+from qlora_train.names import PEFT_PREFIX
 from qlora_train.quant.fingerprint import BasePrint, print_base
 from qlora_train.recipe.methods import METHODS
 from qlora_train.recipe.schema import QuantSection, Recipe
@@ -357,5 +358,5 @@ def _left_as_it_was(job: Job) -> Iterator[None]:
 
 def _some(names: Sequence[str]) -> str:
     """The first few names, without PEFT's prefix."""
-    short = [name.removeprefix("base_model.model.") for name in names]
+    short = [name.removeprefix(PEFT_PREFIX) for name in names]
     return ", ".join(short[:NAMED]) + (f" and {len(short) - NAMED} more" if len(short) > NAMED else "")

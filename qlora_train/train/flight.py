@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from qlora_train.artifacts import publishing
 from qlora_train.data.loader import MicroBatch
 from qlora_train.errors import NumericsError
+from qlora_train.names import PEFT_PREFIX
 from qlora_train.printable import printable_lines
 from qlora_train.seeds import derive_seed
 from qlora_train.train.job import Job
@@ -250,7 +251,7 @@ def _is_finite(value: Any) -> bool:
 
 def _short(name: str) -> str:
     """A name as the base's own files have it, the adapter's tensor behind it."""
-    return name.removeprefix("base_model.model.").replace(".default", "").removesuffix(".weight")
+    return name.removeprefix(PEFT_PREFIX).replace(".default", "").removesuffix(".weight")
 
 
 def _as_json(value: Any) -> Any:

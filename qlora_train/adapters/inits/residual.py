@@ -17,6 +17,7 @@ from qlora_train.adapters.forms.offset import START, ResidualForm
 from qlora_train.adapters.inits.factors import Factors
 from qlora_train.adapters.layers import lora_layers
 from qlora_train.adapters.state import load_adapter_config, read_adapter_tensors
+from qlora_train.names import PEFT_PREFIX
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def read_taken(adapter: Path) -> dict[str, Taken]:
     tensors = read_adapter_tensors(adapter)
     stems = [name.removesuffix(f".{START[0]}") for name in tensors if name.endswith(f".{START[0]}")]
     return {
-        f"{stem.removeprefix('base_model.model.')}.weight": Taken(
+        f"{stem.removeprefix(PEFT_PREFIX)}.weight": Taken(
             Factors(tensors[f"{stem}.{START[0]}"], tensors[f"{stem}.{START[1]}"]), config.scaling_of(stem)
         )
         for stem in stems

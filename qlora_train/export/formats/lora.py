@@ -16,11 +16,11 @@ from qlora_train.adapters.fold import Delta, read_deltas
 from qlora_train.adapters.state import CONFIG, WEIGHTS
 from qlora_train.artifacts import explained
 from qlora_train.errors import ModelError
+from qlora_train.names import PEFT_PREFIX
 from qlora_train.untrusted import read_header, read_json_object
 
 # What vLLM takes for --max-lora-rank (vllm/config/lora.py, MaxLoRARanks), but for 1, which is no rank to pad to.
 SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-_PREFIX = "base_model.model."
 
 
 def served_rank(deltas: Mapping[str, Delta]) -> int:
@@ -55,7 +55,7 @@ def write_lora(folder: Path, adapter: Path, linear_names: Collection[str], base:
     rank = served_rank(deltas)
     tensors = {}
     for name, delta in deltas.items():
-        module = _PREFIX + name.removesuffix(".weight")
+        module = PEFT_PREFIX + name.removesuffix(".weight")
         lora_A, lora_B = folded(delta, rank)
         tensors[f"{module}.lora_A.weight"], tensors[f"{module}.lora_B.weight"] = (
             lora_A.contiguous(),
@@ -115,7 +115,7 @@ def vllm_problems(folder: Path, linear_names: Collection[str], max_lora_rank: in
     known = {name.rpartition(".")[2] for name in linear_names} | {"lm_head", "embed_tokens"}
     for name in sorted(read_header(folder / WEIGHTS)):
         module, _, half = name.removesuffix(".weight").rpartition(".")
-        if not name.startswith(_PREFIX) or not name.endswith(".weight") or half not in ("lora_A", "lora_B"):
+        if not name.startswith(PEFT_PREFIX) or not name.endswith(".weight") or half not in ("lora_A", "lora_B"):
             problems.append(f"{name} is no LoRA weight")
         elif module.rpartition(".")[2] not in known:
             problems.append(f"{module} is no layer of the model")
