@@ -23,6 +23,8 @@ PACKAGES = (
     "numpy",
     "pydantic",
 )
+# Instructions of a processor with which a library may compute, and round, in another way.
+_ARITHMETIC = ("avx", "amx", "fma", "f16c", "neon", "sve", "sme", "bf16", "fp16", "i8mm", "dot", "fhm")
 
 
 def versions() -> dict[str, str]:
@@ -54,6 +56,11 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cpu_features": {
+            name: value
+            for name, value in sorted(torch.cpu.get_capabilities().items())
+            if name.startswith(_ARITHMETIC) and value
+        },
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cuda": torch.version.cuda if cuda else None,

@@ -43,7 +43,7 @@ SPEED = (
     Column("w/o head", "tokens/s without the time of output head and loss"),
     Column("ours ÷ it"),
     Column("of matmul rate", "counted FLOPs per second, of what bare bf16 matmuls reach in this run"),
-    Column("peak MiB", "resident above the loaded model, in the second step"),
+    Column("peak MiB", "resident (on a card: allocated) above the loaded model, in the second step"),
     Column("it ÷ ours"),
     Column("loss gap", "largest difference from our loss at the same step, nats"),
 )
@@ -158,7 +158,9 @@ def show_scaling(points: Sequence[Point], threads: int, console: Console) -> Non
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", default="1,2", help="numbers of threads, separated by commas")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--model", type=Path, help="a folder in place of the quickstart's model: tools/make_model.py")
+    parser.add_argument("--threads", help="numbers of threads, separated by commas; default: 1,2 on a CPU")
     parser.add_argument("--sets", default=",".join(SETS), help=f"of {', '.join(SETS)}")
     parser.add_argument("--contenders", default=",".join(DEFAULT), help=f"of {', '.join(CONTENDERS)}")
     parser.add_argument(
@@ -174,11 +176,14 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         if unknown := [name for name in getattr(parsed, key) if name not in known]:
             parser.error(f"--{key}: {unknown[0]!r} is none of {', '.join(known)}")
     try:
-        parsed.threads = tuple(int(text) for text in parsed.threads.split(","))
+        said = parsed.threads or ("1,2" if parsed.device == "cpu" else "1")
+        parsed.threads = tuple(int(text) for text in said.split(","))
     except ValueError:
         parser.error(f"--threads: {parsed.threads!r} is no list of numbers")
     if min(parsed.threads) < 1 or parsed.repeats < 1 or parsed.seq_len < 64:
         parser.error("--threads and --repeats begin at 1, --seq-len at 64")
+    if parsed.scaling and (parsed.device != "cpu" or parsed.model):
+        parser.error("--scaling is for the quickstart's model on a CPU")
     return parsed
 
 
@@ -200,7 +205,12 @@ def main() -> int:
         figures: object = [asdict(point) for point in points]
     else:
         measured = measure(
-            Options(seq_len=arguments.seq_len, rows=arguments.rows),
+            Options(
+                seq_len=arguments.seq_len,
+                rows=arguments.rows,
+                device=arguments.device,
+                model=str(arguments.model.resolve()) if arguments.model else None,
+            ),
             contenders=arguments.contenders,
             sets=arguments.sets,
             threads=arguments.threads,

@@ -32,6 +32,7 @@ _ALLOWED_OF_ADAPTER = ("adapter.alpha", "adapter.dropout")
 _FIX = "restore what has changed, or start a new run in another run.dir"
 # Of what a machine computes with: its rounding may differ where one of these does.
 _ENVIRONMENT = ("device", "threads", "cpu_capability", "cuda", "cuda_devices", "layers_compiled", "python", "system")
+_MAPPINGS = ("versions", "cpu_features")
 NO_ORIGINS: Mapping[str, str] = {}
 _CODE = {"versions.qlora-train", "code_sha256"}
 
@@ -144,13 +145,17 @@ def environment_changes(stored: Mapping[str, Any], now: Mapping[str, Any]) -> li
     if not stored:
         return []
     then, here = _flat(stored), _flat(now)
-    return [Change(key, then.get(key), here[key]) for key in here if then.get(key) != here[key]]
+    return [
+        Change(key, then.get(key), here.get(key))
+        for key in dict.fromkeys((*here, *then))
+        if then.get(key) != here.get(key)
+    ]
 
 
 def _flat(environment: Mapping[str, Any]) -> dict[str, Any]:
-    versions: Mapping[str, str] = environment.get("versions", {})
     named = {key: environment.get(key) for key in (*_ENVIRONMENT, "code_sha256")}
-    return named | {f"versions.{name}": version for name, version in versions.items()}
+    parts = ((part, name, value) for part in _MAPPINGS for name, value in environment.get(part, {}).items())
+    return named | {f"{part}.{name}": value for part, name, value in parts}
 
 
 def is_another_split(changes: Sequence[Change], stored: Mapping[str, Any], recipe: Recipe) -> bool:

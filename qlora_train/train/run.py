@@ -13,7 +13,17 @@ from typing import Any
 import torch
 
 from qlora_train.adapters.state import save_adapter
-from qlora_train.artifacts import MANIFEST, RunDir, is_leftover, locked, publishing, read_json, sweep, write_json
+from qlora_train.artifacts import (
+    MANIFEST,
+    RunDir,
+    is_leftover,
+    locked,
+    manifest_faults,
+    publishing,
+    read_json,
+    sweep,
+    write_json,
+)
 from qlora_train.errors import RecipeError, ResumeError
 from qlora_train.evaluate.sides import SideScores
 from qlora_train.evaluate.validation import Validation
@@ -225,12 +235,17 @@ def _already_complete(
 ) -> TrainResult | None:
     """What came of a run that has ended, where there is nothing to go on with; ResumeError where there is no run.
 
-    OtherRun where the recipe is not the one that it was trained with.
+    OtherRun where the recipe is not the one that it was trained with, ResumeError where its adapter is damaged.
     """
     if not run_dir.root.is_dir():
         raise ResumeError(f"{run_dir.root} does not exist: there is nothing to resume", fix="start without --resume")
     if from_step is not None or allowed or not run_dir.summary.is_file():
         return None
+    if faults := manifest_faults(run_dir.adapter):
+        raise ResumeError(
+            f"{run_dir.root} has ended, and its adapter is not as it was written: {'; '.join(faults)}",
+            fix=f"make it again from the last checkpoint: --resume --from {max(list_steps(run_dir), default=0)}",
+        )
     stored = read_json(run_dir.adapter / MANIFEST)["recipe"]
     now = trajectory_keys(split_as_stored(loaded.recipe, stored))
     refuse_changes(recipe_changes(stored, now, loaded.origins), frozenset(), f"{run_dir.root}, which has ended")

@@ -17,6 +17,7 @@ from qlora_train.train.optim import build_optimizer, optimizer_tensors, restore_
 pytestmark = pytest.mark.gpu
 
 NAMES = ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit")
+RATE, DECAY = 0.01, 0.1
 
 
 class Sizes(nn.Module):
@@ -39,24 +40,27 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> N
         optimizer.step()
 
 
-def optimizer_of(name: str, model: Sizes) -> Any:
-    settings: dict[str, Any] = {"optimizer": name, "learning_rate": 0.01, "weight_decay": 0.1}
+def optimizer_of(name: str, model: Sizes, weight_decay: float = DECAY) -> Any:
+    settings: dict[str, Any] = {"optimizer": name, "learning_rate": RATE, "weight_decay": weight_decay}
     return build_optimizer(model, TrainSection(**settings))
 
 
-def build(name: str, device: str = "cuda") -> tuple[Sizes, Any]:
+def build(name: str, device: str = "cuda", weight_decay: float = DECAY) -> tuple[Sizes, Any]:
     model = Sizes(device)
-    return model, optimizer_of(name, model)
+    return model, optimizer_of(name, model, weight_decay)
 
 
 def copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in tensors.items()}
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
 def apart(one: nn.Module, other: nn.Module) -> float:
     """The largest distance between two values of the same place."""
     others = trainable_parameters(other)
-    return max(float((p.cpu() - others[name].cpu()).abs().max()) for name, p in trainable_parameters(one).items())
+    return max(
+        float((p.detach().cpu() - others[name].detach().cpu()).abs().max())
+        for name, p in trainable_parameters(one).items()
+    )
 
 
 def check_places(model: Sizes, optimizer: Any) -> None:
@@ -97,12 +101,29 @@ def test_a_resume_is_exact(name: str, tmp_path: Path) -> None:
 def test_the_update_equals_that_of_a_cpu(name: str) -> None:
     """float32 moments: roundings of values up to 5. 8-bit ones too after one step, which reads no rounded moment."""
     num_steps = 1 if name in EIGHT_BIT else 4
-    model, optimizer = build(name)
+    model, optimizer = build(name, weight_decay=0)
     train(model, optimizer, range(num_steps))
-    reference, plain = build("adamw", "cpu")
+    reference, plain = build("adamw", "cpu", weight_decay=0)
     train(reference, plain, range(num_steps))
     assert apart(model, reference) <= 2e-6
     assert apart(model, Sizes("cpu")) > 1e-3
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_decay_before_the_update_or_after_it(name: str) -> None:
+    """torch shrinks what it updates, bitsandbytes what it has updated: lr^2 weight_decay apart at each step."""
+    model, optimizer = build(name)
+    train(model, optimizer, range(1))
+    reference, plain = build("adamw", "cpu", weight_decay=0)
+    before, shrink = copies(trainable_parameters(reference)), 1 - RATE * DECAY
+    train(reference, plain, range(1))
+    with torch.no_grad():
+        for key, parameter in trainable_parameters(reference).items():
+            if name == "adamw":
+                parameter.sub_((1 - shrink) * before[key])
+            else:
+                parameter.mul_(shrink)
+    assert apart(model, reference) <= 2e-6
 
 
 def test_a_state_from_a_cpu_goes_on_a_card() -> None:

@@ -49,6 +49,18 @@ def test_a_finished_run_is_left_alone(straight: Path) -> None:
     assert contents(straight / "run") == before
 
 
+def test_a_finished_run_with_a_damaged_adapter_is_made_again(straight: Path, tmp_path: Path) -> None:
+    shutil.copytree(straight, tmp_path / "run")
+    recipe, adapter = tmp_path / "run" / "recipe.yaml", tmp_path / "run" / "run" / "adapter"
+    config = adapter / "adapter_config.json"
+    config.write_text(config.read_text().replace('"lora_alpha": ', '"lora_alpha": 1'))
+    outcome = run_cli("train", recipe, "--resume")
+    assert outcome.code == 5 and "adapter_config.json: " in outcome.err, outcome.err
+    assert "--resume --from 5" in outcome.err and "already complete" not in outcome.err
+    assert run_cli("train", recipe, "--resume", "--from", "5").code == 0
+    assert config.read_bytes() == (straight / "run" / "adapter" / config.name).read_bytes()
+
+
 def test_a_used_folder_says_what_it_holds(straight: Path, tmp_path: Path) -> None:
     before = contents(straight / "run")
     outcome = run_cli("train", straight / "recipe.yaml")

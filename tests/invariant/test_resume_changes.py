@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from qlora_train.recipe.methods import METHODS
 from qlora_train.recipe.schema import Recipe
-from qlora_train.train.keys import NEUTRAL_KEYS, NEUTRAL_SECTIONS
+from qlora_train.train.keys import NEUTRAL_KEYS, NEUTRAL_SECTIONS, ROUNDING_KEYS, is_neutral
 from tests.commandline import Outcome, chat_rows, run_cli, write_rows
 from tests.invariant.runs import contents, copy_until, logged, losses, state_digest
 
@@ -22,7 +23,9 @@ TRAJECTORY = (
     *("train.fused=false", "run.seed=3", "data.seq_len=64", "data.batching=shuffled", "data.loss_on=all"),
     *("data.max_train_rows=10", "data.duplicates=drop", "adapter.r=8", "adapter.alpha=16", "adapter.dropout=0"),
     *("adapter.target_modules=[q_proj]", "adapter.method=rslora", "model.compute_dtype=bfloat16"),
-    *("quant.quant_type=fp4", "quant.double_quant=false", "quant.block_size=32"),
+    *("quant.quant_type=fp4", "quant.double_quant=false", "quant.block_size=32", "quant.skip_modules=[q_proj]"),
+    *("quant.storage_dtype=float32", "data.overlong=cut", "data.format=messages"),
+    "data.columns={messages: messages}",
 )
 NEUTRAL: dict[str, Any] = {
     "eval.every": 1,
@@ -115,9 +118,21 @@ def test_a_neutral_key_changes_no_bit(straight: Path, tmp_path: Path, key: str) 
     assert state_digest(folder / "run") == state_digest(straight / "run")
 
 
-def test_every_neutral_key_is_tried() -> None:
+def all_keys() -> set[str]:
     sections = {name: field.annotation.model_fields for name, field in Recipe.model_fields.items()}  # type: ignore[union-attr]
-    keys = {f"{name}.{key}" for name, fields in sections.items() for key in fields if name == "eval"} | NEUTRAL_KEYS
+    return {f"{name}.{key}" for name, fields in sections.items() for key in fields}
+
+
+def test_every_trajectory_key_is_tried() -> None:
+    """But for the options of other methods, which come with `adapter.method`, and what this recipe cannot have."""
+    cannot = {"model.attn_implementation", "data.split"}  # beside packs; beside data.eval
+    tried = {override.partition("=")[0] for override in TRAJECTORY} | cannot
+    options = {f"adapter.{option}" for method in METHODS.values() for option in method.options}
+    assert {key for key in all_keys() - ROUNDING_KEYS if not is_neutral(key)} - tried == options
+
+
+def test_every_neutral_key_is_tried() -> None:
+    keys = {key for key in all_keys() if key.startswith("eval.")} | NEUTRAL_KEYS
     assert keys - NEUTRAL.keys() == ELSEWHERE | NOT_HERE
     assert {key.partition(".")[0] for key in NEUTRAL} >= NEUTRAL_SECTIONS
 
@@ -200,12 +215,17 @@ def test_another_machine_is_said_and_recorded(straight: Path, tmp_path: Path, mo
 
     folder = copy_until(straight, tmp_path / "run", 4)
     real = setup.environment
-    there = {"cpu_capability": "NEON", "threads": 64}
+    there = {"cpu_capability": "NEON", "threads": 64, "cpu_features": {"amx_bf16": "of another kind"}}
     versions = real()["versions"] | {"torch": "9.9.9"}
     monkeypatch.setattr(setup, "environment", lambda: {**real(), **there, "versions": versions})
     outcome = resume(folder)
     assert outcome.code == 0 and "not bit for bit" in outcome.err, outcome.err
     assert "versions.torch 2.15.0 -> 9.9.9" in outcome.err and "threads 1 -> 64" in outcome.err
     (entry,) = resumes(folder / "run")
-    assert entry["level"] == "D1" and {"cpu_capability", "threads"} <= {change["key"] for change in entry["rounding"]}
+    assert entry["level"] == "D1"
+    changed = {change["key"]: (change["old"], change["new"]) for change in entry["rounding"]}
+    assert {"cpu_capability", "threads"} <= set(changed)
+    features = real()["cpu_features"]
+    assert features and changed["cpu_features.amx_bf16"] == (features.get("amx_bf16"), "of another kind")
+    assert {f"cpu_features.{name}" for name in features} <= set(changed), "instructions that this machine lacks"
     assert state_digest(folder / "run") == state_digest(straight / "run"), "in truth it was the same machine"

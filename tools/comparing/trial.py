@@ -40,13 +40,13 @@ class Scale:
     final_rows: int | None  # None: all
     held_out_rows: int | None
     seeds: tuple[int, ...]
-    answers: int
+    answers: int  # 0: none are generated
     spelling_rows: int
     spelling_answers: int
 
 
 FULL = Scale("full", 300, 150, None, None, (0, 1), 64, 1600, 500)
-SAMPLE = Scale("sample", 60, 30, 96, 48, (0,), 16, 300, 50)
+SAMPLE = Scale("sample", 60, 30, 96, 32, (0,), 0, 300, 50)
 
 
 @dataclass(frozen=True)
@@ -251,6 +251,8 @@ def _answers(trial: Trial) -> dict[str, Any]:
     from qlora_train.model.trained import load_trained, open_run
 
     count = trial.scale.spelling_answers if trial.stage == "spelling" else trial.scale.answers
+    if not count:
+        return {"scores": None}
     run = open_run(trial.run_dir, [f"eval.generate_rows={count}"], sections=("eval",))
     trained = load_trained(run)
     split = run.load_split("eval", trained.tokenizer)

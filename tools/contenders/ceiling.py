@@ -29,9 +29,10 @@ def load(options: Options, variant: str) -> Loaded:
 
     def train(rows: Rows, turns: Turns) -> None:
         generator = torch.Generator().manual_seed(0)
-        batches = [collate(rows.table, [step], rows.pad_token_id, packed=True) for step in rows.steps]
+        device = torch.device(options.device)
+        batches = [collate(rows.table, [step], rows.pad_token_id, packed=True).to(device) for step in rows.steps]
         sizes = [(*batch.input_ids.shape, model.config.hidden_size) for batch in batches]
-        gradients = [torch.randn(size, generator=generator).to(torch.bfloat16) for size in sizes]
+        gradients = [torch.randn(size, generator=generator).to(device, torch.bfloat16) for size in sizes]
         for batch, gradient in zip(batches, gradients, strict=True):
             turns.begin()
             causal.hidden(batch).backward(gradient)

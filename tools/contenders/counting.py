@@ -121,6 +121,7 @@ class SavedBytes:
 class HeadClock:
     """Seconds between a decoder's end and the arrival of its output's gradient: head, loss and what stands between."""
 
+    meter: Meter
     seconds: float = field(default=0.0)
 
     def watch(self, decoder: nn.Module) -> None:
@@ -128,10 +129,10 @@ class HeadClock:
         decoder.register_forward_hook(self._decoded)
 
     def _decoded(self, module: nn.Module, args: Any, output: Any) -> None:
-        started, hidden = time.perf_counter(), output.last_hidden_state
+        started, hidden = self.meter.now(), output.last_hidden_state
 
         def arrived(grad: Tensor) -> None:
-            self.seconds += time.perf_counter() - started
+            self.seconds += self.meter.now() - started
 
         if hidden.requires_grad:
             hidden.register_hook(arrived)
@@ -173,7 +174,7 @@ class StepCounter:
             return output
 
         def remember(module: nn.Module, args: Any, kwargs: Any) -> None:
-            autocast = torch.is_autocast_enabled("cpu")
+            autocast = torch.is_autocast_enabled(args[0].device.type)
             kept = tuple(arg.detach() if isinstance(arg, Tensor) else arg for arg in args)
             self._first_call = self._first_call or (kept, kwargs, autocast)
 
@@ -201,27 +202,50 @@ class StepCounter:
         flag = layer.gradient_checkpointing
         layer.gradient_checkpointing = False
         try:
-            with torch.autocast("cpu", torch.bfloat16, enabled=autocast), self._saved.active():
+            with torch.autocast(hidden.device.type, torch.bfloat16, enabled=autocast), self._saved.active():
                 layer(hidden.requires_grad_(True), *args, **kwargs)
         finally:
             layer.gradient_checkpointing = flag
         return self._saved.num_bytes
 
 
-def resident_bytes(line: str = "VmRSS") -> int:
-    """Memory of this process; `VmHWM`: the most since `reset_peak`."""
+class Meter:
+    """Time and memory of a device: resident memory of this process, or what torch has allocated on a card."""
+
+    def __init__(self, device: str) -> None:
+        self._on_card = device != "cpu"
+
+    def now(self) -> float:
+        """Seconds, when all that was asked for before is done."""
+        if self._on_card:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def in_use(self) -> int:
+        """Bytes now."""
+        return torch.cuda.memory_allocated() if self._on_card else _resident_bytes("VmRSS")
+
+    def peak(self) -> int:
+        """The most bytes since `reset`."""
+        return torch.cuda.max_memory_allocated() if self._on_card else _resident_bytes("VmHWM")
+
+    def reset(self) -> None:
+        """Let the peak begin again at what is in use now."""
+        if self._on_card:
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+    def settle(self) -> None:
+        """Give back what is free, so that what is resident is what is used."""
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        if self._on_card:
+            torch.cuda.empty_cache()
+
+
+def _resident_bytes(line: str) -> int:
     for text in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if text.startswith(f"{line}:"):
             return int(text.split()[1]) * 1024
     raise RuntimeError(f"/proc/self/status has no {line}")
-
-
-def reset_peak() -> None:
-    """Let `VmHWM` begin again at what is resident now."""
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-
-
-def settle() -> None:
-    """Give back what is free, so that what is resident is what is used."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)

@@ -30,6 +30,8 @@ class Options:
     alpha: float = 32.0
     learning_rate: float = 1e-3
     vocabulary: int | None = None  # of a random head in place of the model's, for ours only
+    device: str = "cpu"
+    model: str | None = None  # a folder in place of the quickstart's model
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def choose_steps(lengths: NDArray[np.integer], options: Options, num_steps: int)
 
 
 def recipe_of(set_name: str, options: Options, *overrides: str) -> Any:
-    """Our recipe for a set: the quickstart's model, everything else said here."""
+    """Our recipe for a set: the quickstart's model or another, everything else said here."""
     from qlora_train.recipe.load import load_recipe
 
     recipes = ROOT / "recipes"
@@ -77,6 +79,8 @@ def recipe_of(set_name: str, options: Options, *overrides: str) -> Any:
         f"train.learning_rate={options.learning_rate}",
         "train.schedule=constant",
         "train.warmup_frac=0",
+        f"model.device={options.device}",
+        *([f"model.path={options.model}"] if options.model else []),
         *overrides,
     )
     return load_recipe(recipes / "quickstart.yaml", said).recipe

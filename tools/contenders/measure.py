@@ -55,7 +55,7 @@ class Result:
     tokens_per_s: float  # the best repeat
     supervised_per_s: float
     body_tokens_per_s: float  # the best repeat, without the time of head and loss
-    peak_bytes: int  # resident above the loaded model
+    peak_bytes: int  # above the loaded model: resident, or allocated on the card
     losses: tuple[float, ...]  # of every step of the set, nats per supervised token; the ceiling has none
     loss_gap: float | None  # largest distance from ours at the same step; None on another base, or without losses
     flops_per_token: dict[str, float]  # by part: base, adapter, attention, head
@@ -106,7 +106,7 @@ def measure(
         results: list[Result] = []
         steps: dict[str, dict[str, Any]] = {}
         for set_name in sets:
-            heard = _train(workers, set_name, threads, repeats, machine, say)
+            heard = _train(workers, set_name, threads, repeats, options.device, machine, say)
             first = next(iter(heard.values())).about
             steps[set_name] = {key: first[key] for key in ("num_rows", "num_tokens", "num_supervised")}
             for name, record in heard.items():
@@ -140,6 +140,7 @@ def _train(
     set_name: str,
     threads: Sequence[int],
     repeats: int,
+    device: str,
     machine: dict[int, float],
     say: Callable[[str], None],
 ) -> dict[str, _Heard]:
@@ -151,7 +152,7 @@ def _train(
     }
     for step, count in enumerate(counts):
         say(f"{set_name}: step {step + 1} of {len(counts)}, threads: {count}")
-        machine[count] = max(machine[count], matmul_flops_per_s(count))
+        machine[count] = max(machine[count], matmul_flops_per_s(count, device))
         for name, worker in workers.items():
             heard[name].answers.append(worker.ask(threads=count, count=step == 0, settle=step == 1))
     for worker in workers.values():

@@ -18,6 +18,7 @@ def quantised_base(options: Options) -> Any:
     return AutoModelForCausalLM.from_pretrained(
         str(resolve_source(recipe_of("shell", options).model).folder),
         dtype=torch.bfloat16,
+        device_map={"": options.device},
         quantization_config=BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
@@ -54,7 +55,7 @@ def load(options: Options, variant: str) -> Loaded:
         optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate, weight_decay=0.0)
         for step in rows.steps:
             turns.begin()
-            batch = collate(rows.table, [step], rows.pad_token_id, packed=True)
+            batch = collate(rows.table, [step], rows.pad_token_id, packed=True).to(torch.device(options.device))
             loss = model(input_ids=batch.input_ids, position_ids=batch.position_ids, labels=batch.labels).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -64,7 +64,7 @@ def _trainer(
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        use_cpu=True,
+        use_cpu=options.device == "cpu",
         dataloader_pin_memory=False,
     )
     trainer = SFTTrainer(

@@ -16,13 +16,12 @@ import json
 import logging
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, TextIO
 
-from contenders.counting import HeadClock, StepCounter, reset_peak, resident_bytes, settle
+from contenders.counting import HeadClock, Meter, StepCounter
 from contenders.job import Options, Rows, load_rows
 
 
@@ -40,9 +39,9 @@ class Loaded:
 class Turns:
     """Hands out the turns: `begin` waits for the command to make a step, `end` answers what it took."""
 
-    def __init__(self, commands: TextIO, answers: TextIO, loaded: Loaded) -> None:
+    def __init__(self, commands: TextIO, answers: TextIO, loaded: Loaded, meter: Meter) -> None:
         self._commands, self._answers = commands, answers
-        self._loaded, self._head = loaded, HeadClock()
+        self._loaded, self._head, self._meter = loaded, HeadClock(meter), meter
         self._head.watch(loaded.decoder)
         self._counter: StepCounter | None = None
         self._started = 0.0
@@ -66,15 +65,15 @@ class Turns:
             self._counter = StepCounter(self._loaded.model, self._loaded.decoder, shapes)
             self._counter.start()
         if command["settle"]:
-            settle()
-        reset_peak()
+            self._meter.settle()
+        self._meter.reset()
         self._head.seconds = 0.0
-        self._started = time.perf_counter()
+        self._started = self._meter.now()
 
     def end(self, loss: float | None) -> None:
         """Answer with the step's loss in nats per supervised token, None where there is none."""
-        seconds = time.perf_counter() - self._started
-        peak_bytes = resident_bytes("VmHWM")
+        seconds = self._meter.now() - self._started
+        peak_bytes = self._meter.peak()
         counts = None
         if self._counter is not None:
             counts, self._counter = asdict(self._counter.stop()), None
@@ -107,12 +106,13 @@ def serve(name: str, options: Options, commands: TextIO, answers: TextIO) -> Non
     loaded: Loaded = importlib.import_module(f"contenders.{module}").load(options, variant)
     for parameter in loaded.model.parameters():
         parameter.detach().clone()  # every page of the weights is resident from now on
-    settle()
-    turns = Turns(commands, answers, loaded)
+    meter = Meter(options.device)
+    meter.settle()
+    turns = Turns(commands, answers, loaded, meter)
     turns.send(
         {
             "settings": loaded.settings,
-            "loaded_bytes": resident_bytes(),
+            "loaded_bytes": meter.in_use(),
             "num_quantised": sum(hasattr(parameter, "quant_state") for parameter in loaded.model.parameters()),
             "num_layers": len(loaded.decoder.layers),
             "layer_shapes": _linear_shapes(loaded.decoder.layers[0]),
@@ -130,7 +130,7 @@ def serve(name: str, options: Options, commands: TextIO, answers: TextIO) -> Non
             }
         )
         loaded.train(rows, turns)
-        settle()
+        meter.settle()
         turns.send({"finished": True})
 
 

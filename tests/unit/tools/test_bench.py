@@ -147,7 +147,8 @@ def test_the_step_counter_agrees_with_the_formulas() -> None:
 
 
 def test_the_heads_clock_runs_between_decoder_and_gradient() -> None:
-    clock = tool("contenders.counting").HeadClock()
+    counting = tool("contenders.counting")
+    clock = counting.HeadClock(counting.Meter("cpu"))
 
     class Decoder(nn.Module):
         def forward(self, x: torch.Tensor) -> Any:
@@ -164,16 +165,37 @@ def test_the_heads_clock_runs_between_decoder_and_gradient() -> None:
 
 
 def test_the_peak_begins_again() -> None:
-    counting = tool("contenders.counting")
+    meter = tool("contenders.counting").Meter("cpu")
     size = 200 * 2**20
     torch.ones(size, dtype=torch.uint8)
-    assert counting.resident_bytes("VmHWM") >= size
-    counting.settle()
-    counting.reset_peak()
-    before = counting.resident_bytes()
-    assert counting.resident_bytes("VmHWM") < before + size / 4
+    assert meter.peak() >= size
+    meter.settle()
+    meter.reset()
+    before = meter.in_use()
+    assert meter.peak() < before + size / 4
     torch.ones(size, dtype=torch.uint8)
-    assert counting.resident_bytes("VmHWM") >= before + 0.9 * size
+    assert meter.peak() >= before + 0.9 * size
+
+
+def test_on_a_card_time_waits_and_memory_is_the_cards(monkeypatch: pytest.MonkeyPatch) -> None:
+    meter, waited = tool("contenders.counting").Meter("cuda"), []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waited.append(True))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 5)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 9)
+    assert meter.now() <= time.perf_counter() and waited
+    assert (meter.in_use(), meter.peak()) == (5, 9)
+
+
+def test_device_and_model_reach_every_contender(tmp_path: Path) -> None:
+    job = tool("contenders.job")
+    options = job.Options(device="cuda", model=str(tmp_path))
+    recipe = job.recipe_of("shell", options)
+    assert (recipe.model.device, recipe.model.path) == ("cuda", str(tmp_path))
+    assert job.recipe_of("shell", job.Options()).model.device == "cpu"
+    bench = tool("bench")
+    assert bench.parse(["--device", "cuda", "--model", str(tmp_path)]).threads == (1,)
+    with pytest.raises(SystemExit):
+        bench.parse(["--device", "cuda", "--scaling"])
 
 
 def heard(losses: list[float | None], **loaded: Any) -> Any:
@@ -241,7 +263,8 @@ def test_turns_answer_step_by_step_and_announce_a_set_when_it_can_begin() -> Non
     loaded = worker.Loaded(model, model.model, {}, lambda rows, turns: None, lambda rows: 1)
     commands = [{"threads": 1, "count": False, "settle": settle} for settle in (False, True)]
     answers = io.StringIO()
-    turns = worker.Turns(io.StringIO("".join(json.dumps(command) + "\n" for command in commands)), answers, loaded)
+    heard = io.StringIO("".join(json.dumps(command) + "\n" for command in commands))
+    turns = worker.Turns(heard, answers, loaded, tool("contenders.counting").Meter("cpu"))
     turns.open({"num_tokens": [5, 6]})
     assert answers.getvalue() == ""
     for loss in (1.5, None):
