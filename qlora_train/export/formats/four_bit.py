@@ -127,13 +127,6 @@ def packed_parts(name: str, codes: Tensor, scale: Tensor) -> dict[str, Tensor]:
     }
 
 
-def quantize_groups(weight_OI: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """Codes (O, I) int8 in -8..7 of the nearest steps, and scales (O, I / group) bfloat16."""
-    groups = weight_OI.unflatten(1, (-1, group_size))
-    scale = best_scales(groups)
-    return nearest_codes(groups, scale).flatten(1).to(torch.int8), scale
-
-
 def best_scales(groups: Tensor) -> Tensor:
     """The scale (...) of each group (..., G) in bfloat16, the best of a few.
 

@@ -22,7 +22,6 @@ from qlora_train.export.formats.four_bit import (
     group_size_for,
     nf4_config,
     packed_parts,
-    quantize_groups,
     w4a16_config,
 )
 from qlora_train.export.formats.readers import FourBitFolder, unpack_groups
@@ -32,6 +31,7 @@ from qlora_train.model.load import to_float32
 from qlora_train.model.skeleton import linear_layers
 from qlora_train.model.source import Source
 from qlora_train.quant.bnb import forbid_cpu_repacking
+from tests.unit.export_formats.rounding import quantize_groups
 from tests.unit.export_formats.served import random_model
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from qlora_train.export.formats.four_bit import quantize_groups
 from qlora_train.export.formats.gptq import gptq
+from tests.unit.export_formats.rounding import quantize_groups
 
 GROUP = 32
 
