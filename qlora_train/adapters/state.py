@@ -236,7 +236,10 @@ def _check_tensors(weights: Path, config: AdapterConfig) -> None:
 
 
 def read_adapter_tensors(folder: Path) -> dict[str, Tensor]:
-    """The tensors of an adapter folder; ModelError when the file is damaged or a value is not finite."""
+    """The tensors of an adapter folder; ModelError when the file is damaged or a value is not finite.
+
+    An adapter that lies there in half precision, as others publish theirs, comes in float32: the same numbers.
+    """
     path = folder / WEIGHTS
     read_header(path)
     try:
@@ -247,7 +250,8 @@ def read_adapter_tensors(folder: Path) -> dict[str, Tensor]:
         raise ModelError(
             f"{path}: {len(bad)} tensors hold NaN or infinity, first {bad[0]}", fix="use another checkpoint"
         )
-    return tensors
+    in_half = {tensor.dtype for tensor in tensors.values()} in ({torch.bfloat16}, {torch.float16})
+    return {name: tensor.float() for name, tensor in tensors.items()} if in_half else tensors
 
 
 def restore_adapter(model: PeftModel, folder: Path) -> None:

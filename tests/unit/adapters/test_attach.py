@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -176,6 +177,22 @@ def test_init_from_goes_on_to_the_bit(saved: tuple[Path, dict[str, torch.Tensor]
     assert model.peft_config["default"].lora_dropout == 0.1, "the dropout is the recipe's"
     dropouts = {getattr(layer.lora_dropout["default"], "p", None) for layer in lora_layers(model).values()}
     assert dropouts == {0.1}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_init_from_an_adapter_in_half_precision(
+    saved: tuple[Path, dict[str, torch.Tensor]], tiny_llama_dir: Path, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    shutil.copytree(saved[0], tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    halves = {name: tensor.to(dtype) for name, tensor in load_file(path).items()}
+    save_file(halves, path, {"format": "pt"})
+    found = clones(attached(tiny_llama_dir, init_from=tmp_path / "adapter"))
+    assert equal(found, {name: tensor.to(dtype).float() for name, tensor in saved[1].items()})
+    halves[min(halves)] = halves[min(halves)].float()
+    save_file(halves, path, {"format": "pt"})
+    with pytest.raises(ModelError, match=r"expected .* torch\.float32"):
+        attached(tiny_llama_dir, init_from=tmp_path / "adapter")
 
 
 @pytest.mark.parametrize(
