@@ -34,7 +34,8 @@ from qlora_train.analysis.tools import (
     fold_adapter,
     resize_adapter,
 )
-from qlora_train.artifacts import RunDir, locked
+from qlora_train.artifacts.folders import locked
+from qlora_train.artifacts.layout import RunDir
 from qlora_train.data.account import Account, account_for, build_loader, steps_notice, write_account
 from qlora_train.data.audit import Audit
 from qlora_train.data.preview import PreviewRow, preview

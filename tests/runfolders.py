@@ -11,7 +11,8 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
 
-from qlora_train.artifacts import RunDir, publishing, read_manifest
+from qlora_train.artifacts.folders import publishing, read_manifest
+from qlora_train.artifacts.layout import RunDir
 
 NUM_STEPS = 40
 ROWS = "/data/rows.jsonl"

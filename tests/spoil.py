@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from qlora_train.artifacts import MANIFEST, _sealed, sha256_file, write_json
+from qlora_train.artifacts.files import sha256_file, write_json
+from qlora_train.artifacts.folders import MANIFEST, _sealed
 from tests.commandline import Outcome, run_cli, write_recipe
 
 Tensors = dict[str, torch.Tensor]

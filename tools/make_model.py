@@ -27,7 +27,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig
 
-from qlora_train.artifacts import RunDir, publishing, write_file, write_json
+from qlora_train.artifacts.files import write_file, write_json
+from qlora_train.artifacts.folders import publishing
+from qlora_train.artifacts.layout import RunDir
 from qlora_train.data.account import account_for, build_loader, write_account
 from qlora_train.data.split import load_splits
 from qlora_train.export.safetensors_reader import read_tensor

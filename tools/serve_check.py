@@ -30,7 +30,7 @@ def trained_greedy(run: Path) -> Greedy:
     """Answers of the model that was trained: base as trained and update, added in float32, in dense layers."""
     import torch
 
-    from qlora_train.artifacts import read_json
+    from qlora_train.artifacts.files import read_json
     from qlora_train.export.layers import CandidateWeights, fill_whole
     from qlora_train.export.tensors import MergedTensors
     from qlora_train.model.hollow import build_hollow

@@ -8,7 +8,8 @@ from pathlib import Path
 from qlora_train.analysis.folder import refuse_existing
 from qlora_train.analysis.look import Analysis
 from qlora_train.analysis.plots import plot_style, plots
-from qlora_train.artifacts import publishing, write_file, write_json
+from qlora_train.artifacts.files import write_file, write_json
+from qlora_train.artifacts.folders import publishing
 from qlora_train.plain import to_plain
 
 ANALYSIS = "analysis.json"

@@ -22,17 +22,9 @@ from safetensors.torch import save_file
 from qlora_train.adapters.config import AdapterConfig
 from qlora_train.adapters.fold import Delta, Update, read_deltas, read_updates
 from qlora_train.adapters.state import CONFIG, MAX_RANK, WEIGHTS, load_adapter_config
-from qlora_train.artifacts import (
-    MANIFEST,
-    TEMPORARY_PREFIX,
-    RunDir,
-    explained,
-    fsync_dir,
-    make_folder,
-    publishing,
-    read_manifest,
-    write_file,
-)
+from qlora_train.artifacts.files import TEMPORARY_PREFIX, explained, fsync_dir, make_folder, write_file
+from qlora_train.artifacts.folders import MANIFEST, publishing, read_manifest
+from qlora_train.artifacts.layout import RunDir
 from qlora_train.errors import ModelError, RecipeError
 from qlora_train.model.binding import check_published, read_base, read_binding, refuse_changed_recipe
 from qlora_train.names import PEFT_PREFIX

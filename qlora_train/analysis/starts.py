@@ -7,7 +7,8 @@ from torch import Tensor
 
 from qlora_train.adapters.attach import attach_adapter
 from qlora_train.adapters.state import adapter_tensors
-from qlora_train.artifacts import MANIFEST, read_json
+from qlora_train.artifacts.files import read_json
+from qlora_train.artifacts.folders import MANIFEST
 from qlora_train.model.hollow import build_hollow
 from qlora_train.model.skeleton import load_config
 from qlora_train.model.source import Source

@@ -22,7 +22,7 @@ from qlora_train.analysis.folder import (
 from qlora_train.analysis.overlap import baseline, similarity
 from qlora_train.analysis.sparse import nearest, sparse_sum
 from qlora_train.analysis.spectrum import Spectrum, in_model_order, spectra
-from qlora_train.artifacts import sha256_file
+from qlora_train.artifacts.files import sha256_file
 from qlora_train.errors import ModelError, RecipeError
 from qlora_train.names import PEFT_PREFIX
 

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from qlora_train.artifacts import RunDir, cache_dir
+from qlora_train.artifacts.layout import RunDir, cache_dir
 from qlora_train.printable import fit_to_show
 
 FOLDER = "bugs"  # in the cache

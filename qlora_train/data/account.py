@@ -8,7 +8,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from qlora_train.artifacts import RunDir, write_file, write_json, write_json_lines
+from qlora_train.artifacts.files import write_file, write_json, write_json_lines
+from qlora_train.artifacts.layout import RunDir
 from qlora_train.data.audit import Audit
 from qlora_train.data.duplicates import (
     MAX_ROWS,

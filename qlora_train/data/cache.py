@@ -17,7 +17,9 @@ from typing import Any, TextIO
 
 import pyarrow as pa
 
-from qlora_train.artifacts import cache_dir, explained, manifest_faults, publishing, retire
+from qlora_train.artifacts.files import explained
+from qlora_train.artifacts.folders import manifest_faults, publishing, retire
+from qlora_train.artifacts.layout import cache_dir
 from qlora_train.data.build import FACTS, FAULTS, TOKENS, Facts, Reading, build
 from qlora_train.data.encode import Encoder
 from qlora_train.data.sources.base import Source

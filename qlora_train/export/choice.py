@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from qlora_train.artifacts import read_json
+from qlora_train.artifacts.files import read_json
 from qlora_train.evaluate.compare import Distance, Observed, distance, observe
 from qlora_train.evaluate.tasks import Answer, Question, answer, mean_scores
 from qlora_train.export.clock import Clock

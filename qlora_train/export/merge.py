@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_train.artifacts import MANIFEST, read_json
+from qlora_train.artifacts.files import read_json
+from qlora_train.artifacts.folders import MANIFEST
 from qlora_train.environment import code_sha256, versions
 from qlora_train.errors import ModelError
 from qlora_train.export.clock import Clock

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qlora_train.artifacts import publishing, read_json
+from qlora_train.artifacts.files import read_json
+from qlora_train.artifacts.folders import publishing
 from qlora_train.data.fates import Side
 from qlora_train.data.parity import MAX_ROWS, Golden, check_parity, golden_prompts, write_golden
 from qlora_train.data.split import Split

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from qlora_train.adapters.fold import read_updates
 from qlora_train.adapters.state import WEIGHTS
-from qlora_train.artifacts import MANIFEST, read_json
+from qlora_train.artifacts.files import read_json
+from qlora_train.artifacts.folders import MANIFEST
 from qlora_train.errors import ModelError
 from qlora_train.export.base import BaseReader, as_float32
 from qlora_train.export.clock import Clock

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qlora_train.artifacts import TEMPORARY_PREFIX, explained, make_folder, read_json, sha256_file, write_json
+from qlora_train.artifacts.files import TEMPORARY_PREFIX, explained, make_folder, read_json, sha256_file, write_json
 from qlora_train.errors import MachineError, ModelError, RecipeError
 
 _LOCK = "lock"
@@ -83,7 +83,7 @@ def finished_shards(target: Path) -> Iterator[FinishedShards]:
 
 
 def _sweep(target: Path) -> None:
-    """Remove the folder of a killed export to this very target (`artifacts.publishing` names it)."""
+    """Remove the folder of a killed export to this very target (`artifacts.folders.publishing` names it)."""
     abandoned = re.compile(re.escape(f"{TEMPORARY_PREFIX}{target.name}") + r"-\d+-[0-9a-f]{8}")
     for path in target.parent.iterdir():
         if abandoned.fullmatch(path.name):

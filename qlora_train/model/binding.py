@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 
 from qlora_train.adapters.state import load_adapter_config
-from qlora_train.artifacts import MANIFEST, RunDir, manifest_faults
+from qlora_train.artifacts.folders import MANIFEST, manifest_faults
+from qlora_train.artifacts.layout import RunDir
 from qlora_train.errors import ModelError
 from qlora_train.quant.fingerprint import BasePrint
 from qlora_train.recipe.schema import Recipe

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING
 
-from qlora_train.artifacts import cache_dir, manifest_faults, publishing, sha256_file
+from qlora_train.artifacts.files import sha256_file
+from qlora_train.artifacts.folders import manifest_faults, publishing
+from qlora_train.artifacts.layout import cache_dir
 from qlora_train.errors import MachineError, ModelError, SecurityError
 from qlora_train.model.gguf_header import check_gguf
 from qlora_train.recipe.schema import ModelSection

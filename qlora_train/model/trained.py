@@ -11,7 +11,8 @@ from peft import PeftModel
 
 from qlora_train.adapters.attach import load_adapter
 from qlora_train.adapters.inits.residual import takes_from_base
-from qlora_train.artifacts import RunDir, read_json
+from qlora_train.artifacts.files import read_json
+from qlora_train.artifacts.layout import RunDir
 from qlora_train.data.fates import Side
 from qlora_train.data.split import Split, load_split
 from qlora_train.errors import DataError, ModelError
@@ -104,7 +105,7 @@ def open_run(folder: Path, overrides: Sequence[str] = (), *, sections: Sequence[
             f"{folder} is not a run folder: it holds no {run_dir.recipe.name}", fix="name the recipe's run.dir"
         )
     if not run_dir.adapter.is_dir():
-        again = " --resume" if any(run_dir.checkpoints.glob("step-*")) else ""
+        again = " --resume" if run_dir.checkpoint_steps() else ""
         raise ModelError(f"{folder} holds no finished adapter yet", fix=f"finish it: qlora-train train RECIPE{again}")
     check_published(run_dir.adapter)
     stored, binding = load_resolved(run_dir.recipe), read_binding(run_dir.adapter)

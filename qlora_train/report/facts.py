@@ -10,7 +10,8 @@ from typing import TypeVar
 import yaml
 from pydantic import ValidationError
 
-from qlora_train.artifacts import RunDir, manifest_faults, read_manifest
+from qlora_train.artifacts.folders import manifest_faults, read_manifest
+from qlora_train.artifacts.layout import RunDir
 from qlora_train.errors import RecipeError, UserError
 from qlora_train.report import shapes
 from qlora_train.report.norms import ModuleNorm, module_norms
@@ -194,8 +195,8 @@ class _Reader:
 
     def adapter(self, run_dir: RunDir) -> Adapter | None:
         """The published adapter, else that of the newest checkpoint that verifies."""
-        checkpoints = sorted(run_dir.checkpoints.glob("step-*"), key=lambda path: (len(path.name), path.name))
-        for folder in (run_dir.adapter, *reversed(checkpoints)):
+        checkpoints = run_dir.checkpoint_steps()
+        for folder in (run_dir.adapter, *reversed(checkpoints.values())):
             if not folder.is_dir():
                 continue
             try:

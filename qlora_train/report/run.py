@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlora_train.artifacts import RunDir, write_file
+from qlora_train.artifacts.files import write_file
+from qlora_train.artifacts.layout import RunDir
 from qlora_train.errors import MachineError, RecipeError
 from qlora_train.report.facts import RunFacts, read_runs
 from qlora_train.report.page import GENERATOR, MAX_RUNS, render_page

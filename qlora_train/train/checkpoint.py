@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -18,7 +17,9 @@ from torch import Tensor
 
 from qlora_train.adapters.hooks import NO_HOOKS, MethodHooks, Value
 from qlora_train.adapters.state import restore_adapter, save_adapter
-from qlora_train.artifacts import MANIFEST, RunDir, is_full, manifest_faults, publishing, read_manifest, retire
+from qlora_train.artifacts.files import is_full
+from qlora_train.artifacts.folders import MANIFEST, manifest_faults, publishing, read_manifest, retire
+from qlora_train.artifacts.layout import RunDir
 from qlora_train.errors import MachineError, ResumeError
 from qlora_train.train.fork import binding_changes, refuse_changes
 from qlora_train.train.optim import optimizer_tensors, restore_optimizer, trainable_parameters
@@ -26,7 +27,6 @@ from qlora_train.train.signals import StopRequest
 from qlora_train.train.state import Binding, TrainState
 from qlora_train.untrusted import refuse_pickles
 
-_STEP_NAME = re.compile(r"step-(\d{6,})")
 _OPTIMIZER = "optimizer.safetensors"
 _STATE = "state.json"
 _METHOD_TENSORS, _METHOD_VALUES = "method.safetensors", "method.json"  # of a method that keeps a state
@@ -52,7 +52,7 @@ def save_checkpoint(
     environment: Mapping[str, Any] = NOWHERE,
 ) -> Checkpoint:
     """Write one checkpoint whole or not at all. An existing one of the same step is replaced."""
-    target = run_dir.checkpoints / f"step-{state.step:06d}"
+    target = run_dir.checkpoint(state.step)
     manifest = {"step": state.step, "binding": binding.as_dict(), "environment": dict(environment)}
     with publishing(target, manifest=manifest, num_bytes=checkpoint_bytes(model, optimizer), replace=True) as folder:
         write_checkpoint(folder, run_dir, state, model, optimizer, hooks)
@@ -111,21 +111,12 @@ def stored_environment(checkpoint: Checkpoint) -> dict[str, Any]:
     return environment
 
 
-def list_steps(run_dir: RunDir) -> dict[int, Path]:
-    """Published checkpoint folders by step, oldest first, verified or not."""
-    found = {}
-    for folder in run_dir.checkpoints.glob("step-*"):
-        if (match := _STEP_NAME.fullmatch(folder.name)) and folder.is_dir():
-            found[int(match.group(1))] = folder
-    return dict(sorted(found.items()))
-
-
 def find_checkpoint(run_dir: RunDir, step: int | None = None) -> tuple[Checkpoint, list[str]]:
     """The newest checkpoint that verifies, or that of `step`; and a warning for each newer one that does not.
 
     Raises ResumeError when there is none, or when the step asked for is absent or damaged.
     """
-    steps = list_steps(run_dir)
+    steps = run_dir.checkpoint_steps()
     if step is not None:
         if step not in steps:
             there = ", ".join(map(str, steps)) or "none"
@@ -189,14 +180,14 @@ def _method_state(folder: Path) -> dict[str, Value]:
 
 def retire_newer(run_dir: RunDir, step: int) -> None:
     """Delete checkpoints past `step`: a run that goes on from there takes another course, or they do not verify."""
-    for other, folder in list_steps(run_dir).items():
+    for other, folder in run_dir.checkpoint_steps().items():
         if other > step:
             retire(folder)
 
 
 def retire_old(run_dir: RunDir, keep: int, best_step: int | None) -> None:
     """Delete all but the newest `keep` checkpoints and the best one."""
-    steps = list_steps(run_dir)
+    steps = run_dir.checkpoint_steps()
     for step in list(steps)[:-keep]:
         if step != best_step:
             retire(steps[step])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from qlora_train.adapters.forms.base import layer_tensors
 from qlora_train.adapters.layers import adapted_layers
-from qlora_train.artifacts import RunDir
+from qlora_train.artifacts.layout import RunDir
 from qlora_train.data.encode import Encoder
 from qlora_train.data.fates import CODE
 from qlora_train.data.loader import MicroBatch, collate

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from typing import Any
 
-from qlora_train.artifacts import RunDir
+from qlora_train.artifacts.layout import RunDir
 from qlora_train.errors import MachineError
 from qlora_train.memory.estimate import Request, Shallow
 from qlora_train.memory.exhausted import size_text

@@ -7,7 +7,8 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 
-from qlora_train.artifacts import RunDir, append_json_line, write_file, write_json
+from qlora_train.artifacts.files import append_json_line, write_file, write_json
+from qlora_train.artifacts.layout import RunDir
 from qlora_train.data.account import account_for, write_account
 from qlora_train.errors import UserError
 from qlora_train.model.table import dtype_table

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from qlora_train.artifacts import publishing
+from qlora_train.artifacts.folders import publishing
 from qlora_train.data.loader import MicroBatch
 from qlora_train.errors import NumericsError
 from qlora_train.names import PEFT_PREFIX
@@ -115,7 +115,7 @@ class FlightRecorder:
         self, error: NotFinite, batches: Sequence[MicroBatch], found: Culprit | None, learning_rate: float, step: int
     ) -> str:
         """Write it down; where it lies, or why it could not be written."""
-        target = self._job.run_dir.flights / f"step-{step + 1:06d}"
+        target = self._job.run_dir.flight(step + 1)
         content = {
             "step": step + 1,
             "loss": error.loss,

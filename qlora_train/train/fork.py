@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from typing import Any, Literal
 
-from qlora_train.artifacts import RunDir, append_json_line
+from qlora_train.artifacts.files import append_json_line
+from qlora_train.artifacts.layout import RunDir
 from qlora_train.errors import Problem, RecipeError, ResumeError
 from qlora_train.recipe.schema import Recipe
 from qlora_train.train.keys import WEIGHTS, trajectory_keys

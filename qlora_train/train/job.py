@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from peft import PeftModel
 
 from qlora_train.adapters.hooks import NO_HOOKS, MethodHooks
-from qlora_train.artifacts import RunDir
+from qlora_train.artifacts.layout import RunDir
 from qlora_train.data.loader import Loader
 from qlora_train.data.table import TokenTable
 from qlora_train.model.causal import CausalModel

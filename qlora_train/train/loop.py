@@ -9,7 +9,7 @@ from qlora_train.data.loader import Loader, eval_batches
 from qlora_train.data.table import TokenTable
 from qlora_train.errors import Interrupted, NumericsError, ResumeError
 from qlora_train.evaluate.validation import Validation, validate
-from qlora_train.train.checkpoint import Checkpoint, list_steps, retire_old, save_checkpoint, when_there_is_room
+from qlora_train.train.checkpoint import Checkpoint, retire_old, save_checkpoint, when_there_is_room
 from qlora_train.train.flight import FlightRecorder, trained_values_are_finite
 from qlora_train.train.job import Job
 from qlora_train.train.memory import MemoryLog
@@ -153,7 +153,7 @@ def _save(job: Job, state: TrainState, metrics: Metrics) -> Checkpoint:
     NumericsError where the step's update left values that are not finite: what was saved before stays.
     """
     if not trained_values_are_finite(job.model):
-        there = max(list_steps(job.run_dir), default=None)
+        there = max(job.run_dir.checkpoint_steps(), default=None)
         fix = "lower train.learning_rate" + (f"; go on from step {there} with --resume" if there is not None else "")
         raise NumericsError(
             f"the update of step {state.step} left values that are not finite; it is not saved", fix=fix
@@ -166,7 +166,7 @@ def _save(job: Job, state: TrainState, metrics: Metrics) -> Checkpoint:
 def _save_what_was_trained(job: Job, state: TrainState, metrics: Metrics, error: BaseException) -> str:
     """After a failed step or evaluation: save the last finished step if it is whole; what is there to go on from."""
     job.optimizer.zero_grad(set_to_none=True)
-    there = list_steps(job.run_dir)
+    there = job.run_dir.checkpoint_steps()
     is_whole = state.step > 0 and HALF_UPDATED not in getattr(error, "__notes__", ())
     failed = ""
     if is_whole and state.step not in there:

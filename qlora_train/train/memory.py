@@ -34,7 +34,8 @@ from typing import Any, Literal
 import psutil
 import torch
 
-from qlora_train.artifacts import RunDir, write_json
+from qlora_train.artifacts.files import write_json
+from qlora_train.artifacts.layout import RunDir
 from qlora_train.data.loader import MicroBatch
 from qlora_train.errors import UserError, is_out_of_memory
 from qlora_train.memory.advice import advise

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
-from qlora_train.artifacts import write_file
+from qlora_train.artifacts.files import write_file
 from qlora_train.train.state import TrainState
 from qlora_train.train.step import StepResult
 

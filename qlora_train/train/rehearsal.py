@@ -18,7 +18,8 @@ import psutil
 import torch
 
 from qlora_train.adapters.layers import lora_layers
-from qlora_train.artifacts import TEMPORARY_PREFIX, RunDir, explained
+from qlora_train.artifacts.files import TEMPORARY_PREFIX, explained
+from qlora_train.artifacts.layout import RunDir
 from qlora_train.data.loader import MicroBatch, eval_batches
 from qlora_train.evaluate.tasks import Question, generate_texts
 from qlora_train.evaluate.validation import validate

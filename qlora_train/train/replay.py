@@ -14,11 +14,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qlora_train.adapters.state import WEIGHTS, adapter_tensors
-from qlora_train.artifacts import MANIFEST, RunDir, locked, read_json
+from qlora_train.artifacts.files import read_json
+from qlora_train.artifacts.folders import MANIFEST, locked
+from qlora_train.artifacts.layout import RunDir
 from qlora_train.errors import MachineError, ResumeError
 from qlora_train.quant.fingerprint import hash_tensors
 from qlora_train.recipe.load import LoadedRecipe
-from qlora_train.train.checkpoint import Checkpoint, find_checkpoint, list_steps, stored_binding, stored_environment
+from qlora_train.train.checkpoint import Checkpoint, find_checkpoint, stored_binding, stored_environment
 from qlora_train.train.fork import Change, Level, binding_changes, environment_changes, refuse_changes
 from qlora_train.train.job import Job
 from qlora_train.train.metrics import Reporter
@@ -170,7 +172,7 @@ def _logged_steps(run_dir: RunDir) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _choose(run_dir: RunDir, logged: Mapping[int, Any], from_step: int | None) -> _Choice:
     """The newest checkpoint after which steps were logged, best one with another checkpoint within MOST_STEPS."""
-    there = list_steps(run_dir)
+    there = run_dir.checkpoint_steps()
     if from_step is not None and from_step != 0:
         chosen = _after(run_dir, from_step, there, logged)
         if chosen is None:
@@ -218,7 +220,7 @@ def _forked(run_dir: RunDir) -> bool:
 
 def _binding_of_start(run_dir: RunDir) -> dict[str, Any]:
     """What the run belongs to, from its newest checkpoint or its adapter."""
-    for folder in (*reversed(list_steps(run_dir).values()), run_dir.adapter):
+    for folder in (*reversed(run_dir.checkpoint_steps().values()), run_dir.adapter):
         if (folder / MANIFEST).is_file():
             manifest = read_json(folder / MANIFEST)
             binding: dict[str, Any] = manifest.get("binding", manifest)

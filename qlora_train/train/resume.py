@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_train.artifacts import RunDir
+from qlora_train.artifacts.layout import RunDir
 from qlora_train.data.account import build_loader
 from qlora_train.errors import RecipeError
 from qlora_train.recipe.load import LoadedRecipe

@@ -13,24 +13,15 @@ from typing import Any
 import torch
 
 from qlora_train.adapters.state import save_adapter
-from qlora_train.artifacts import (
-    MANIFEST,
-    RunDir,
-    is_leftover,
-    locked,
-    manifest_faults,
-    publishing,
-    read_json,
-    sweep,
-    write_json,
-)
+from qlora_train.artifacts.files import read_json, write_json
+from qlora_train.artifacts.folders import MANIFEST, is_leftover, locked, manifest_faults, publishing, sweep
+from qlora_train.artifacts.layout import RunDir
 from qlora_train.errors import RecipeError, ResumeError
 from qlora_train.evaluate.sides import SideScores
 from qlora_train.evaluate.validation import Validation
 from qlora_train.quant.fingerprint import print_base
 from qlora_train.recipe.load import COMMAND_LINE, LoadedRecipe, recipe_as_dict
 from qlora_train.recipe.schema import Recipe
-from qlora_train.train.checkpoint import list_steps
 from qlora_train.train.facts import describe, errors_recorded, write_facts
 from qlora_train.train.fork import check_allowed, recipe_changes, refuse_changes
 from qlora_train.train.keys import trajectory_keys
@@ -244,7 +235,7 @@ def _already_complete(
     if faults := manifest_faults(run_dir.adapter):
         raise ResumeError(
             f"{run_dir.root} has ended, and its adapter is not as it was written: {'; '.join(faults)}",
-            fix=f"make it again from the last checkpoint: --resume --from {max(list_steps(run_dir), default=0)}",
+            fix=f"make it again from the last checkpoint: --resume --from {max(run_dir.checkpoint_steps(), default=0)}",
         )
     stored = read_json(run_dir.adapter / MANIFEST)["recipe"]
     now = trajectory_keys(split_as_stored(loaded.recipe, stored))
@@ -256,7 +247,7 @@ def refuse_used(run_dir: RunDir) -> None:
     """A new run starts in a new folder: nothing of an older one is touched."""
     if run_dir.root.exists() and not run_dir.root.is_dir():
         raise RecipeError(f"run.dir: {run_dir.root} is a file", fix="name a folder")
-    if list_steps(run_dir):
+    if run_dir.checkpoint_steps():
         raise RecipeError(
             f"run.dir: {run_dir.root} already holds a run: {describe_run(run_dir)}",
             fix="go on with it: --resume, or --resume --from STEP; or choose another run.dir, or remove the folder",
@@ -273,7 +264,7 @@ def refuse_used(run_dir: RunDir) -> None:
 
 def describe_run(run_dir: RunDir) -> str:
     """What a run folder holds, in words: ended or not, when, after how many steps, and its checkpoints."""
-    checkpoints = ", ".join(map(str, list_steps(run_dir)))
+    checkpoints = ", ".join(map(str, run_dir.checkpoint_steps()))
     newest = run_dir.summary if run_dir.summary.is_file() else run_dir.metrics
     when = time.strftime("%Y-%m-%d %H:%M", time.localtime(newest.stat().st_mtime)) if newest.exists() else "unknown"
     if newest == run_dir.summary:

@@ -7,7 +7,8 @@ from typing import Any
 
 from qlora_train.adapters.inits.residual import untrained
 from qlora_train.adapters.state import restore_adapter
-from qlora_train.artifacts import RunDir, read_json, write_json
+from qlora_train.artifacts.files import read_json, write_json
+from qlora_train.artifacts.layout import RunDir
 from qlora_train.errors import ResumeError
 from qlora_train.evaluate.sides import SideScores, questions_of, score_side
 from qlora_train.evaluate.tasks import Question

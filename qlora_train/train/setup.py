@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 
 from qlora_train.adapters.attach import AdapterFacts, adapter_facts, attach_adapter
 from qlora_train.adapters.schedules import method_hooks
-from qlora_train.artifacts import RunDir
+from qlora_train.artifacts.layout import RunDir
 from qlora_train.data.account import build_loader, steps_notice
 from qlora_train.data.loader import Loader
 from qlora_train.data.split import Split, load_splits

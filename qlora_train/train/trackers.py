@@ -16,7 +16,8 @@ from typing import Any
 
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTracker, WandBTracker
 
-from qlora_train.artifacts import RunDir, read_json, write_json
+from qlora_train.artifacts.files import read_json, write_json
+from qlora_train.artifacts.layout import RunDir
 from qlora_train.recipe.load import recipe_as_dict
 from qlora_train.recipe.schema import Recipe
 from qlora_train.train.metrics import Reporter

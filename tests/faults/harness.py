@@ -27,7 +27,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from qlora_train.artifacts import manifest_faults
+from qlora_train.artifacts.folders import manifest_faults
 from tests.commandline import chat_rows, write_recipe, write_rows
 from tests.faults import children
 

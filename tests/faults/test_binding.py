@@ -17,7 +17,8 @@ import torch
 
 from qlora_train.adapters.fold import read_deltas
 from qlora_train.adapters.updates import Delta
-from qlora_train.artifacts import MANIFEST, sha256_file
+from qlora_train.artifacts.files import sha256_file
+from qlora_train.artifacts.folders import MANIFEST
 from tests.commandline import run_cli, write_recipe
 from tests.spoil import Tensors, copy_job, edit_json, edit_tensors, flip_bit, refused, shards, sign_again, write_index
 from tests.tiny import build_tiny_llama

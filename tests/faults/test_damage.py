@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from qlora_train.artifacts import MANIFEST, RunDir
+from qlora_train.artifacts.folders import MANIFEST
+from qlora_train.artifacts.layout import RunDir
 from qlora_train.errors import ResumeError
 from qlora_train.train.checkpoint import find_checkpoint
 from tests.faults.harness import Scene, outcome_of, steps_of

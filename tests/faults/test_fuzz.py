@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qlora_train.adapters.state import CONFIG, WEIGHTS, load_adapter_config, read_adapter_tensors
-from qlora_train.artifacts import MANIFEST, RunDir, manifest_faults, publishing
+from qlora_train.artifacts.folders import MANIFEST, manifest_faults, publishing
+from qlora_train.artifacts.layout import RunDir
 from qlora_train.data.formats import detect, parse_row
 from qlora_train.data.problems import RowFault, SourceFault
 from qlora_train.data.sources.open import open_source

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_train.artifacts import MANIFEST
+from qlora_train.artifacts.folders import MANIFEST
 from tests.faults.harness import STEP, Point, changing_points
 
 _PATH = re.compile(r"^\d+<(.*?)>")  # the file of a descriptor

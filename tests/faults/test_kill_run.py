@@ -55,7 +55,11 @@ def test_what_is_lost_is_seen(scene: Scene, control: str) -> None:
     assert "adapter_model.safetensors" in found and "exit code" not in found, found
 
 
-EXPORTING = ("qlora_train.export.run:merge_to", "qlora_train.export.run:verify", "qlora_train.artifacts:_take_name")
+EXPORTING = (
+    "qlora_train.export.run:merge_to",
+    "qlora_train.export.run:verify",
+    "qlora_train.artifacts.folders:_take_name",
+)
 
 
 @pytest.mark.slow

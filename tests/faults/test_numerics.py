@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from qlora_train import api  # everything is imported before anything is replaced
-from qlora_train.artifacts import manifest_faults
+from qlora_train.artifacts.folders import manifest_faults
 from qlora_train.train import loop
 from tests.commandline import chat_rows, run_cli, write_recipe, write_rows
 from tests.invariant.runs import state_digest

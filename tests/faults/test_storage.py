@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from qlora_train.artifacts import RunDir, locked
+from qlora_train.artifacts.folders import locked
+from qlora_train.artifacts.layout import RunDir
 from qlora_train.errors import MachineError
 from tests.faults.cases import fail_and_resume
 from tests.faults.harness import (

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from qlora_train.artifacts import RunDir
+from qlora_train.artifacts.layout import RunDir
 from qlora_train.memory.plan import Plan
 from qlora_train.recipe.load import load_recipe
 from qlora_train.train import rehearsal as module

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from qlora_train.adapters.layers import lora_layers
-from qlora_train.artifacts import RunDir
+from qlora_train.artifacts.layout import RunDir
 from qlora_train.errors import MachineError, RecipeError
 from qlora_train.model.checkpointing import decoder_layers
 from qlora_train.recipe.load import load_recipe

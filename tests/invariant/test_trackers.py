@@ -14,7 +14,8 @@ import yaml
 from accelerate import Accelerator
 from accelerate.tracking import TensorBoardTracker, WandBTracker
 
-from qlora_train.artifacts import RunDir, read_json
+from qlora_train.artifacts.files import read_json
+from qlora_train.artifacts.layout import RunDir
 from qlora_train.recipe import validate
 from qlora_train.recipe.advice import KEYS
 from qlora_train.recipe.load import load_recipe

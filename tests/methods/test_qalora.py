@@ -16,7 +16,7 @@ from qlora_train.adapters.fold import read_deltas
 from qlora_train.adapters.forms.base import layer_tensors
 from qlora_train.adapters.forms.qalora import GroupedForm
 from qlora_train.adapters.layers import lora_layers
-from qlora_train.artifacts import RunDir
+from qlora_train.artifacts.layout import RunDir
 from qlora_train.errors import ModelError, RecipeError
 from qlora_train.export.base import BaseReader
 from qlora_train.export.formats.families import Layout

@@ -34,7 +34,7 @@ TARGETS = (
 
 def _job(shared: Sequence[str], *overrides: str) -> Any:
     """A training of the quickstart that is about to begin, nothing written."""
-    from qlora_train.artifacts import RunDir
+    from qlora_train.artifacts.layout import RunDir
     from qlora_train.recipe.load import load_recipe
     from qlora_train.train.metrics import Silent
     from qlora_train.train.setup import prepare

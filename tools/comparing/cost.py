@@ -37,7 +37,7 @@ class Side:
 
     def __init__(self, trial: Trial) -> None:
         """Failed where the method is refused or cannot be prepared."""
-        from qlora_train.artifacts import RunDir
+        from qlora_train.artifacts.layout import RunDir
         from qlora_train.errors import UserError
         from qlora_train.recipe.load import load_recipe
         from qlora_train.train.metrics import Silent

@@ -72,7 +72,7 @@ class Ledger:
 
     def add(self, settings: Mapping[str, Any], *, result: Mapping[str, Any] | None = None, failed: str = "") -> Entry:
         """Write a line; it is on disk when this returns."""
-        from qlora_train.artifacts import append_json_line
+        from qlora_train.artifacts.files import append_json_line
 
         entry = Entry(_plain(settings), code_digest(), None if result is None else _plain(result), failed or None)
         self.path.parent.mkdir(parents=True, exist_ok=True)

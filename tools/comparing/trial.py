@@ -111,7 +111,7 @@ class Trial:
 
     def settings(self) -> dict[str, Any]:
         """What the figures depend on besides the code: the key of the ledger."""
-        from qlora_train.artifacts import sha256_file
+        from qlora_train.artifacts.files import sha256_file
 
         train = RECIPES / "data" / ("spelling" if self.stage == "spelling" else "shell") / "train.jsonl"
         return {

@@ -26,7 +26,7 @@ _VARIANTS: dict[str, dict[str, str]] = {
 
 def load(options: Options, variant: str) -> Loaded:
     """Through the same preparation as `qlora-train train`."""
-    from qlora_train.artifacts import RunDir
+    from qlora_train.artifacts.layout import RunDir
     from qlora_train.data.loader import collate
     from qlora_train.train.metrics import Silent
     from qlora_train.train.setup import prepare

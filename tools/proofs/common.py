@@ -62,7 +62,8 @@ def fresh(folder: Path) -> Path:
 
 def earlier(folder: Path, recipe: Path) -> dict[str, Any] | None:
     """The result of an earlier run of the same code, libraries, recipe, data and model, if all verify; else None."""
-    from qlora_train.artifacts import RunDir, manifest_faults
+    from qlora_train.artifacts.folders import manifest_faults
+    from qlora_train.artifacts.layout import RunDir
     from qlora_train.data.sources.open import open_source
     from qlora_train.environment import environment
     from qlora_train.errors import UserError

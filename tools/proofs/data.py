@@ -54,7 +54,7 @@ def _accounts() -> list[Bar]:
 
 def _real_model() -> list[Bar]:
     """Speed and isolation on the real model in 4 bit."""
-    from qlora_train.artifacts import RunDir
+    from qlora_train.artifacts.layout import RunDir
     from qlora_train.recipe.load import load_recipe
     from qlora_train.train.metrics import Silent
     from qlora_train.train.selfcheck import selfcheck

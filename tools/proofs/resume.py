@@ -120,7 +120,8 @@ def _controls(scene: Scene) -> list[Bar]:
 
 def _cost(folder: Path) -> tuple[float, list[Bar]]:
     """Seconds of a step of the quickstart; and what a checkpoint of it takes."""
-    from qlora_train.artifacts import RunDir, write_file
+    from qlora_train.artifacts.files import write_file
+    from qlora_train.artifacts.layout import RunDir
     from qlora_train.recipe.load import load_recipe, resolved_yaml
     from qlora_train.train.checkpoint import checkpoint_bytes, retire_old, save_checkpoint
     from qlora_train.train.flight import FlightRecorder

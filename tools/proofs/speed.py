@@ -142,7 +142,7 @@ def _gap(losses: list[float], others: list[float]) -> float:
 
 
 def _train(dtype: str, *, fused: bool) -> list[float]:
-    from qlora_train.artifacts import RunDir
+    from qlora_train.artifacts.layout import RunDir
     from qlora_train.recipe.load import load_recipe
     from qlora_train.train.metrics import Silent
     from qlora_train.train.setup import prepare

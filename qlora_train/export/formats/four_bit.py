@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qlora_train.artifacts import explained
+from qlora_train.artifacts.files import explained
 from qlora_train.errors import ModelError
 from qlora_train.quant.bnb import Params4bit, QuantSettings, packed_state, quantize
 

@@ -21,7 +21,7 @@ from gguf import (
 )
 from torch import Tensor
 
-from qlora_train.artifacts import explained
+from qlora_train.artifacts.files import explained
 from qlora_train.errors import ModelError
 from qlora_train.export.formats.families import Layout, Value, extra_tensors, hyperparameters
 from qlora_train.export.formats.vocabulary import Vocabulary, general_name

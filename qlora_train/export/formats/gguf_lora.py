@@ -11,7 +11,7 @@ from gguf import GGML_QUANT_VERSION, GGUFReader, GGUFWriter, Keys, LlamaFileType
 from torch import Tensor
 
 from qlora_train.adapters.fold import Delta, read_deltas
-from qlora_train.artifacts import explained
+from qlora_train.artifacts.files import explained
 from qlora_train.errors import ModelError
 from qlora_train.export.formats.families import Layout
 from qlora_train.export.formats.gguf_file import start_data

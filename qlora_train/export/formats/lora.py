@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qlora_train.adapters.fold import Delta, read_deltas
 from qlora_train.adapters.state import CONFIG, WEIGHTS
-from qlora_train.artifacts import explained
+from qlora_train.artifacts.files import explained
 from qlora_train.errors import ModelError
 from qlora_train.names import PEFT_PREFIX
 from qlora_train.untrusted import read_header, read_json_object

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from qlora_train.artifacts import publishing, read_json
+from qlora_train.artifacts.files import read_json
+from qlora_train.artifacts.folders import publishing
 from qlora_train.data.parity import MAX_ROWS, golden_prompts
 from qlora_train.errors import MachineError, ModelError, RecipeError
 from qlora_train.export.formats.card import format_card, format_figures

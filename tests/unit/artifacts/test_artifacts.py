@@ -18,26 +18,28 @@ import pytest
 from safetensors import SafetensorError
 
 import qlora_train
-from qlora_train.artifacts import (
-    MANIFEST,
-    REPLACED_PREFIX,
+from qlora_train.artifacts.files import (
     TEMPORARY_PREFIX,
-    TRASH_PREFIX,
-    RunDir,
-    _sealed,
     append_json_line,
     explained,
     is_full,
-    locked,
-    manifest_faults,
-    publishing,
     read_json,
-    read_manifest,
-    retire,
-    sweep,
     write_file,
     write_json,
 )
+from qlora_train.artifacts.folders import (
+    MANIFEST,
+    REPLACED_PREFIX,
+    TRASH_PREFIX,
+    _sealed,
+    locked,
+    manifest_faults,
+    publishing,
+    read_manifest,
+    retire,
+    sweep,
+)
+from qlora_train.artifacts.layout import RunDir
 from qlora_train.errors import MachineError
 
 WEIGHTS = bytes(range(256)) * 5
@@ -380,7 +382,8 @@ def test_the_lock_names_its_holder_and_is_freed(tmp_path: Path) -> None:
 HOLDER = """
 import sys
 from pathlib import Path
-from qlora_train.artifacts import RunDir, locked
+from qlora_train.artifacts.folders import locked
+from qlora_train.artifacts.layout import RunDir
 with locked(RunDir(Path(sys.argv[1]))):
     print("held", flush=True)
     sys.stdin.read()

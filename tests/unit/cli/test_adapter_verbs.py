@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from qlora_train.adapters.fold import Delta, read_deltas
 from qlora_train.adapters.state import CONFIG, WEIGHTS
-from qlora_train.artifacts import MANIFEST, manifest_faults, publishing
+from qlora_train.artifacts.folders import MANIFEST, manifest_faults, publishing
 from tests.commandline import run_cli, write_recipe
 
 IDS = torch.arange(3, 40)[None, :]

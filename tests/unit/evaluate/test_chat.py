@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from qlora_train import api
-from qlora_train.artifacts import RunDir
+from qlora_train.artifacts.layout import RunDir
 from qlora_train.cli.talk import talk
 from qlora_train.errors import DataError, ModelError, RecipeError
 from qlora_train.evaluate.chat import ChatSession

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from qlora_train.artifacts import RunDir
+from qlora_train.artifacts.layout import RunDir
 from qlora_train.evaluate.compare import Distance
 from qlora_train.export.card import Facts, figures, model_card
 from qlora_train.export.choice import Candidate, Choice

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from qlora_train.artifacts import publishing, sha256_file
+from qlora_train.artifacts.files import sha256_file
+from qlora_train.artifacts.folders import publishing
 from qlora_train.errors import ModelError, SecurityError
 from qlora_train.model.source import GGUF_CONVERSION, Source, cache_dir, resolve_source
 from qlora_train.recipe.schema import ModelSection

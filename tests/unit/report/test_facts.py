@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_train.artifacts import RunDir
+from qlora_train.artifacts.layout import RunDir
 from qlora_train.errors import RecipeError
 from qlora_train.report.facts import read_runs
 from tests.runfolders import NUM_STEPS, export_line, rewrite, write_adapter, write_run

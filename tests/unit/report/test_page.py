@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from qlora_train.artifacts import RunDir
+from qlora_train.artifacts.layout import RunDir
 from qlora_train.errors import MachineError, RecipeError
 from qlora_train.report.answers import answer_groups
 from qlora_train.report.facts import RunFacts, read_runs

@@ -17,7 +17,9 @@ from peft import PeftModel
 
 from qlora_train.adapters.hooks import MethodHooks
 from qlora_train.adapters.state import adapter_tensors
-from qlora_train.artifacts import MANIFEST, RunDir, explained, manifest_faults
+from qlora_train.artifacts.files import explained
+from qlora_train.artifacts.folders import MANIFEST, manifest_faults
+from qlora_train.artifacts.layout import RunDir
 from qlora_train.errors import MachineError, ResumeError
 from qlora_train.recipe.schema import TrainSection
 from qlora_train.train import checkpoint as checkpoint_module
@@ -25,7 +27,6 @@ from qlora_train.train.checkpoint import (
     Checkpoint,
     checkpoint_bytes,
     find_checkpoint,
-    list_steps,
     restore_checkpoint,
     retire_old,
     save_checkpoint,
@@ -122,14 +123,14 @@ def test_saving_a_step_again_replaces_it(run_dir: RunDir, model: PeftModel, opti
     with pytest.raises(ResumeError, match=WEIGHTS):
         find_checkpoint(run_dir, 3)
     folder = save(run_dir, 3, model, optimizer)
-    assert find_checkpoint(run_dir, 3)[0].folder == folder and list(list_steps(run_dir)) == [3]
+    assert find_checkpoint(run_dir, 3)[0].folder == folder and list(run_dir.checkpoint_steps()) == [3]
 
 
 def test_a_damaged_newest_one_is_passed_over_with_a_warning(
     run_dir: RunDir, model: PeftModel, optimizer: torch.optim.AdamW
 ) -> None:
     folders = [save(run_dir, step, model, optimizer) for step in (2, 10, 9)]
-    assert list(list_steps(run_dir)) == [2, 9, 10]
+    assert list(run_dir.checkpoint_steps()) == [2, 9, 10]
     cut(folders[1] / "optimizer.safetensors")
     found, warnings = find_checkpoint(run_dir)
     assert found.step == 9 and len(warnings) == 1
@@ -168,7 +169,7 @@ def test_a_full_disk_says_how_much_a_checkpoint_takes(
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(MachineError, match=rf"step-000002: No space left .*{size / 2**20:.1f} MiB needed"):
         save(run_dir, 2, model, optimizer)
-    assert list(list_steps(run_dir)) == [1]
+    assert list(run_dir.checkpoint_steps()) == [1]
 
 
 @pytest.mark.parametrize("stopped", [False, True])
@@ -204,11 +205,11 @@ def test_nothing_to_find(run_dir: RunDir) -> None:
         find_checkpoint(run_dir, 1)
 
 
-def test_list_steps_ignores_other_names(run_dir: RunDir) -> None:
+def test_checkpoint_steps_ignore_other_names(run_dir: RunDir) -> None:
     others = ("step-1", "step-0000x1", "step-000001.old", "old-step-000001", ".tmp-step-000004-1-a", "step-")
     for name in (*others, "step-000003", "step-1000000"):
         (run_dir.checkpoints / name).mkdir(parents=True)
-    assert list(list_steps(run_dir)) == [3, 1_000_000]
+    assert list(run_dir.checkpoint_steps()) == [3, 1_000_000]
     (run_dir.checkpoints / ".tmp-step-000004-1-a").rmdir()
 
 
@@ -230,7 +231,7 @@ def test_retire_old_keeps_the_newest_and_the_best(
     for step in range(1, 7):
         (run_dir.checkpoints / f"step-{step:06d}").mkdir(parents=True)
     retire_old(run_dir, keep, best)
-    assert list(list_steps(run_dir)) == left
+    assert list(run_dir.checkpoint_steps()) == left
     assert len(list(run_dir.checkpoints.iterdir())) == len(left)
 
 

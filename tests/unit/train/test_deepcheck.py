@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from qlora_train.artifacts import RunDir
+from qlora_train.artifacts.layout import RunDir
 from qlora_train.data.loader import MicroBatch
 from qlora_train.errors import ModelError
 from qlora_train.model.attention import RowBoundaries

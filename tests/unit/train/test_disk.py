@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
-from qlora_train.artifacts import RunDir
+from qlora_train.artifacts.layout import RunDir
 from qlora_train.errors import MachineError
 from qlora_train.recipe.load import load_recipe
 from qlora_train.recipe.schema import Recipe

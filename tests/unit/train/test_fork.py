@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from qlora_train.artifacts import RunDir
+from qlora_train.artifacts.layout import RunDir
 from qlora_train.errors import RecipeError, ResumeError
 from qlora_train.train.fork import (
     Change,

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from qlora_train.artifacts import RunDir
+from qlora_train.artifacts.layout import RunDir
 from qlora_train.errors import OutOfMemory
 from qlora_train.recipe.load import load_recipe
 from qlora_train.recipe.schema import Recipe

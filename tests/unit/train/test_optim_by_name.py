@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from qlora_train.artifacts import RunDir
+from qlora_train.artifacts.layout import RunDir
 from qlora_train.errors import MachineError, RecipeError, ResumeError
 from qlora_train.model.causal import CausalModel
 from qlora_train.quant.moments import BNB_ADAMW, build_bnb_adamw, optimizer_state_bytes
