@@ -24,13 +24,13 @@ class Outcome:
 
 def run_cli(*arguments: str | Path) -> Outcome:
     """`qlora-train ARGUMENTS`, in this process: imports are paid once."""
-    from qlora_train.cli import show
+    from qlora_train.cli import results
     from qlora_train.cli.main import main
 
     out, err = io.StringIO(), io.StringIO()
     code = 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        show._console.file = out
+        results.stdout.file = out
         try:
             main([str(argument) for argument in arguments])
         except SystemExit as end:

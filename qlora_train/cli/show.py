@@ -6,31 +6,19 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from qlora_train.api import CheckResult, DataResult, TrainResult
+from qlora_train.cli.results import new_table, stdout
 from qlora_train.data.audit import Audit
 from qlora_train.data.preview import PreviewRow
 from qlora_train.evaluate.sides import SideScores
-from qlora_train.memory.exhausted import size_text
 from qlora_train.plain import to_plain
 from qlora_train.printable import printable
 from qlora_train.train.deepcheck import Finding
+from qlora_train.units import size_text
 
 SAMPLES = 3
-
-
-class ResultConsole(Console):
-    """A console for results: where nobody reads them, the error reaches the caller; rich would end the process."""
-
-    def on_broken_pipe(self) -> None:
-        """Called by rich while it handles the BrokenPipeError."""
-        raise BrokenPipeError
-
-
-_console = ResultConsole(highlight=False)
 
 
 def json_or(as_json: bool, result: Any, show: Callable[[], None]) -> None:
@@ -41,43 +29,34 @@ def json_or(as_json: bool, result: Any, show: Callable[[], None]) -> None:
         show()
 
 
-def _table(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
-    return table
-
-
 def check(result: CheckResult, *, list_modules: bool) -> None:
     """The audit lines, and the first rows with what is trained in bold green."""
     for audit in result.audits:
         _audit(audit)
     steps = _count(result.num_steps, "optimiser step", "optimiser steps")
-    _console.print(Text(f"{result.num_params / 1e6:,.1f}M parameters; {steps}"))
+    stdout.print(Text(f"{result.num_params / 1e6:,.1f}M parameters; {steps}"))
     for notice in result.notices:
-        _console.print(Text(notice))
+        stdout.print(Text(notice))
     if list_modules:
-        table = _table("linear layer", "layers")
+        table = new_table("linear layer", "layers")
         for name, count in result.linear_layers.items():
             table.add_row(name, str(count))
-        _console.print(table)
+        stdout.print(table)
     _rows(result.preview)
     if result.findings:
         _findings(result.findings)
     if all(finding.ok for finding in result.findings):
-        _console.print(Text("The recipe is sound."))
+        stdout.print(Text("The recipe is sound."))
 
 
 def _findings(findings: Sequence[Finding]) -> None:
     """A line for each check of a deep check."""
-    table = _table("measured on the model", "", "must be", "")
+    table = new_table("measured on the model", "", "must be", "", of_words=("", "must be"))
     for finding in findings:
         verdict = Text("ok", "green") if finding.ok else Text("FAILS", "bold red")
         table.add_row(*(Text(printable(text)) for text in (finding.what, finding.measured, finding.bar)), verdict)
-    for column in table.columns[1:3]:
-        column.justify = "left"
-    _console.print(Text())
-    _console.print(table)
+    stdout.print(Text())
+    stdout.print(table)
 
 
 def data(result: DataResult) -> None:
@@ -85,13 +64,13 @@ def data(result: DataResult) -> None:
     account = result.account
     for split in account.splits:
         _audit(split.audit)
-        table = _table("source", "format", "weight", "rows", "used")
+        table = new_table("source", "format", "weight", "rows", "used")
         for source in split.audit.sources:
             counts = (f"{source.weight:g}", f"{source.num_rows:,}", f"{source.num_trained:,}")
             table.add_row(printable(source.name), source.format, *counts)
-        _console.print(table)
+        stdout.print(table)
         near = split.near_duplicates
-        _console.print(
+        stdout.print(
             Text(
                 f"{_count(split.duplicates.num_duplicates, 'row repeats', 'rows repeat')} an earlier one, "
                 f"{_count(near.num_near, 'nearly does', 'nearly do')} "
@@ -100,18 +79,18 @@ def data(result: DataResult) -> None:
             )
         )
         for pair in (*split.duplicates.examples[:3], *near.examples[:3]):
-            _console.print(Text(f"  {printable(pair.second)} is like {printable(pair.first)} ({pair.similarity:.0%})"))
-        _console.print()
+            stdout.print(Text(f"  {printable(pair.second)} is like {printable(pair.first)} ({pair.similarity:.0%})"))
+        stdout.print()
     if account.overlap:
         found = account.overlap
-        _console.print(
+        stdout.print(
             Text(
                 f"of {found.num_eval_rows:,} held-out rows {found.num_rows:,} are trained on too, and "
                 f"{found.num_prompts:,} ask what a training row asks"
             )
         )
     batching = account.batching
-    _console.print(
+    stdout.print(
         Text(
             f"{batching.kind}: {batching.num_lines:,} {'packs' if batching.kind == 'packed' else 'rows'} an epoch, "
             f"{batching.padding_frac:.2%} padding; {batching.num_steps:,} optimiser steps in all"
@@ -119,10 +98,10 @@ def data(result: DataResult) -> None:
     )
     if batching.num_unreached_rows:
         what = "kept rows come in none of these steps: raise train.epochs, train.max_steps or a source's weight"
-        _console.print(Text(f"{batching.num_unreached_rows:,} {what}"))
+        stdout.print(Text(f"{batching.num_unreached_rows:,} {what}"))
     for split in account.splits[:1]:
         _rows(split.rows)
-    _console.print(Text(f"the whole account: {result.page}"), soft_wrap=True)
+    stdout.print(Text(f"the whole account: {result.page}"), soft_wrap=True)
 
 
 def _count(number: int, one: str, many: str) -> str:
@@ -136,22 +115,22 @@ def _count(number: int, one: str, many: str) -> str:
 
 def _audit(audit: Audit) -> None:
     """A split's line, and the reasons of the rows that are not trained on whole."""
-    _console.print(Text(audit.summary()))
+    stdout.print(Text(audit.summary()))
     for entry in audit.reasons[:20]:
         if entry.fate not in ("held_out", "not_selected"):
-            _console.print(Text(f"  {entry.count:,} {entry.fate}: {printable(entry.examples[0])}"))
+            stdout.print(Text(f"  {entry.count:,} {entry.fate}: {printable(entry.examples[0])}"))
     if audit.num_plain_specials:
-        _console.print(Text(f"  {audit.num_plain_specials:,} special tokens written in content are encoded as text"))
+        stdout.print(Text(f"  {audit.num_plain_specials:,} special tokens written in content are encoded as text"))
     if audit.num_control_specials:
         what = "special tokens written in verbatim rows are control tokens"
-        _console.print(Text(f"  {audit.num_control_specials:,} {what}"))
+        stdout.print(Text(f"  {audit.num_control_specials:,} {what}"))
     if audit.num_context_turns:
         what = "earlier answers are not trained: the chat template drops their reasoning"
-        _console.print(Text(f"  {audit.num_context_turns:,} {what}"))
+        stdout.print(Text(f"  {audit.num_context_turns:,} {what}"))
 
 
 def _rows(rows: Sequence[PreviewRow]) -> None:
-    _console.print(Text("\nRows as they are trained: tokens between bars, supervised ones in brackets and green."))
+    stdout.print(Text("\nRows as they are trained: tokens between bars, supervised ones in brackets and green."))
     for row in rows:
         line = Text(f"{printable(row.where)}{f' ({row.reason})' if row.reason else ''}\n  ")
         for part in (row.tokens, row.tail):
@@ -159,12 +138,12 @@ def _rows(rows: Sequence[PreviewRow]) -> None:
                 line.append(f"[{text}]" if weight else f"{text}|", "bold green" if weight else "dim")
             if part is row.tokens and row.num_left_out:
                 line.append(f" ... {row.num_left_out:,} tokens ... ")
-        _console.print(line, soft_wrap=True)
+        stdout.print(line, soft_wrap=True)
 
 
 def sides(base: SideScores, adapter: SideScores) -> None:
     """Base against adapter, and a few answers of both."""
-    table = _table("", "base", "adapter")
+    table = new_table("", "base", "adapter")
     table.add_row("held-out loss (nats per token)", f"{base.loss:.4f}", f"{adapter.loss:.4f}")
     table.add_row("perplexity", f"{base.perplexity:.2f}", f"{adapter.perplexity:.2f}")
     if base.scores and adapter.scores:
@@ -175,15 +154,15 @@ def sides(base: SideScores, adapter: SideScores) -> None:
         ):
             values = (getattr(base.scores, field), getattr(adapter.scores, field))
             table.add_row(label, *(f"{v:.3f}" if field == "char_similarity" else f"{v:.1%}" for v in values))
-    _console.print(table)
-    _console.print(
+    stdout.print(table)
+    stdout.print(
         Text(
             f"{adapter.num_rows} rows, {adapter.num_supervised_tokens:,} supervised tokens"
             + (f"; {adapter.scores.num_answers} generated answers" if adapter.scores else "")
         )
     )
     for before, after in list(zip(base.answers, adapter.answers, strict=True))[:SAMPLES]:
-        _console.print()
+        stdout.print()
         rows = (
             ("asked", before.asked),
             ("before", before.text),
@@ -191,7 +170,7 @@ def sides(base: SideScores, adapter: SideScores) -> None:
             ("wanted", after.reference),
         )
         for label, text in rows:
-            _console.print(Text(f"{label:>7}: ", "bold") + Text(_one_line(text)), soft_wrap=True)
+            stdout.print(Text(f"{label:>7}: ", "bold") + Text(_one_line(text)), soft_wrap=True)
 
 
 def _one_line(text: str, limit: int = 160) -> str:
@@ -203,9 +182,9 @@ def trained(result: TrainResult) -> None:
     """What came of a run."""
     if result.base and result.adapter:
         sides(result.base, result.adapter)
-        _console.print()
+        stdout.print()
     best = f", best at step {result.best_step}" if result.best_step else ""
-    _console.print(
+    stdout.print(
         Text(
             f"{result.num_steps} steps{best}; {result.supervised_tokens_per_s:,.0f} supervised tokens/s "
             f"({result.tokens_per_s:,.0f} in all); peak memory {result.peak_memory_bytes / 2**30:.2f} GiB; "
@@ -215,8 +194,8 @@ def trained(result: TrainResult) -> None:
     if result.planned_memory_bytes and result.measured_memory_bytes:
         off = result.measured_memory_bytes / result.planned_memory_bytes - 1
         planned, measured = size_text(result.planned_memory_bytes), size_text(result.measured_memory_bytes)
-        _console.print(Text(f"tensors of a training step: {planned} planned, {measured} measured ({off:+.1%})"))
-    _console.print(Text(f"run folder: {result.run_dir}"), soft_wrap=True)
+        stdout.print(Text(f"tensors of a training step: {planned} planned, {measured} measured ({off:+.1%})"))
+    stdout.print(Text(f"run folder: {result.run_dir}"), soft_wrap=True)
 
 
 def environment(facts: dict[str, Any]) -> None:
@@ -224,6 +203,6 @@ def environment(facts: dict[str, Any]) -> None:
     for key, value in facts.items():
         if isinstance(value, dict):
             for name, version in value.items():
-                _console.print(Text(printable(f"{name:<16} {version}")), soft_wrap=True)
+                stdout.print(Text(printable(f"{name:<16} {version}")), soft_wrap=True)
         else:
-            _console.print(Text(printable(f"{key:<16} {value}")), soft_wrap=True)
+            stdout.print(Text(printable(f"{key:<16} {value}")), soft_wrap=True)

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from qlora_train.analysis.spectrum import name_of
 from qlora_train.analysis.tools import AdapterDiff, AdapterInfo, MadeAdapter, ModuleDiff, ModuleInfo, ResizedAdapter
-from qlora_train.cli import show
+from qlora_train.cli.results import new_table, stdout
 from qlora_train.printable import printable
 
 Row = TypeVar("Row")
@@ -35,11 +35,11 @@ def info(result: AdapterInfo, *, every_module: bool) -> None:
     if result.made:
         sources = ", ".join(f"{part['weight']:g} x {part['path']}" for part in result.made["from"])
         say(f"made by `adapter {result.made['tool']}` of {sources}")
-    table = show._table("module", "of", "||A||", "||B||", "||s B A||", "stable", "effective", "95 % in", "r")
+    table = new_table("module", "of", "||A||", "||B||", "||s B A||", "stable", "effective", "95 % in", "r")
     groups = _groups(result.modules, lambda module: module.module, every_module=every_module)
     for name, rows in groups.items():
         table.add_row(printable(name), str(len(rows)), *_info_cells(rows))
-    show._console.print(table)
+    stdout.print(table)
     say(
         "||s B A|| is the size of the update. Stable, effective: how many directions it has, however small the others; "
         "95 % in: how many hold 95 % of its energy." + ("" if every_module else " Means over the modules of a name.")
@@ -74,13 +74,13 @@ def made(result: MadeAdapter) -> None:
 
 def resized(result: ResizedAdapter) -> None:
     """The ranks by name of module with what was lost, and the bound beside the error."""
-    table = show._table("module", "of", "r before", "r now", "||s B A||", "error", "share")
+    table = new_table("module", "of", "r before", "r now", "||s B A||", "error", "share")
     for name, rows in _groups(result.modules, lambda row: row.module, every_module=False).items():
         norm, error = (math.hypot(*(getattr(row, key) for row in rows)) for key in ("norm", "error"))
         sizes = (_mean(row.old_r for row in rows), _mean(row.r for row in rows))
         share = error_text(error / norm if norm else 0.0)
         table.add_row(printable(name), str(len(rows)), *sizes, f"{norm:.4g}", f"{error:.3g}", share)
-    show._console.print(table)
+    stdout.print(table)
     made(result)
     expected = f"the dropped singular values give {error_text(result.expected_error_frac)}"
     say(expected if result.bound is None else f"{expected}; the bound was {result.bound:.4g}")
@@ -89,10 +89,10 @@ def resized(result: ResizedAdapter) -> None:
 def diff(result: AdapterDiff, *, every_module: bool) -> None:
     """Distance, cosine and shared directions by module."""
     notices(result.notices)
-    table = show._table("module", "of", "first", "second", "distance", "cosine", "inputs", "outputs")
+    table = new_table("module", "of", "first", "second", "distance", "cosine", "inputs", "outputs")
     for name, rows in _groups(result.modules, lambda row: row.module, every_module=every_module).items():
         table.add_row(printable(name), str(len(rows)), *_diff_cells(rows))
-    show._console.print(table)
+    stdout.print(table)
     cosine = "no cosine, one of them is 0" if result.cosine is None else f"cosine {result.cosine:.3f}"
     share = "only rounding" if result.distance_frac < ROUNDING else f"{result.distance_frac:.1%} of the larger norm"
     apart = f"distance {result.distance:.4g}, {share}; {cosine}"
@@ -123,13 +123,13 @@ def _diff_cells(rows: Sequence[ModuleDiff]) -> list[str]:
 
 def say(text: str) -> None:
     """One line that wraps where the terminal ends."""
-    show._console.print(Text(printable(text)), soft_wrap=True)
+    stdout.print(Text(printable(text)), soft_wrap=True)
 
 
 def notices(found: Sequence[str]) -> None:
     """What the reader should know before the figures."""
     for notice in found:
-        show._console.print(Text(printable(f"note: {notice}"), "yellow"), soft_wrap=True)
+        stdout.print(Text(printable(f"note: {notice}"), "yellow"), soft_wrap=True)
 
 
 def error_text(share: float) -> str:

@@ -14,7 +14,7 @@ from qlora_train.analysis.look import Analysis, Look
 from qlora_train.analysis.overlap import Directions, Overlap
 from qlora_train.analysis.recommend import Recommendation
 from qlora_train.analysis.spectrum import name_of
-from qlora_train.cli import show
+from qlora_train.cli.results import new_table, stdout
 from qlora_train.cli.show_adapter import notices, say
 from qlora_train.printable import printable
 
@@ -42,13 +42,13 @@ def analysis(result: Analysis, out: Path | None) -> None:
 
 
 def _heading(text: str) -> None:
-    show._console.print()
-    show._console.print(Text(printable(text), "bold"), soft_wrap=True)
+    stdout.print()
+    stdout.print(Text(printable(text), "bold"), soft_wrap=True)
 
 
 def _ranks(look: Look) -> None:
     """Sizes and numbers of directions by name of module."""
-    table = show._table("module", "of", "size", "stable", "effective", "90 % in", "95 % in", "99 % in", "r")
+    table = new_table("module", "of", "size", "stable", "effective", "90 % in", "95 % in", "99 % in", "r")
     for name, rows in _groups(look.spectra, lambda s: s.module).items():
         counts = [mean(getattr(s, key) for s in rows) for key in ("stable_rank", "effective_rank")]
         energy = [mean(s.energy_rank(frac) for s in rows) for frac in (0.90, 0.95, 0.99)]
@@ -56,7 +56,7 @@ def _ranks(look: Look) -> None:
         table.add_row(
             printable(name), str(len(rows)), size, *(f"{v:.1f}" for v in (*counts, *energy)), f"{len(rows[0].values)}"
         )
-    show._console.print(table)
+    stdout.print(table)
     whole = math.hypot(*(s.norm for s in look.spectra)) or 1.0
     sizes = {
         name: math.hypot(*(s.norm for s in rows)) for name, rows in _groups(look.spectra, lambda s: s.module).items()
@@ -72,10 +72,10 @@ def _starts(look: Look) -> None:
     """What is left of the random start of A."""
     if not look.start_overlaps:
         return
-    table = show._table("module", "phi(A, start)", "by chance")
+    table = new_table("module", "phi(A, start)", "by chance")
     for row in look.start_overlaps:
         table.add_row(printable(row.name), f"{row.phi:.3f}", f"{row.by_chance:.3f}")
-    show._console.print(table)
+    stdout.print(table)
     kept = mean(row.phi for row in look.start_overlaps)
     say(
         f"How much of the space that A spans is the one it was started in: {kept:.0%}. Near 1, the random start still "
@@ -88,7 +88,7 @@ def _amplification(look: Look) -> None:
     """The paper's table 7, by name of module, by the strongest directions and by all."""
     if not look.amplifications:
         return
-    table = show._table("module", "by", "||dW||", "||U'WV||", "W's own", "random", "amplified", "random's")
+    table = new_table("module", "by", "||dW||", "||U'WV||", "W's own", "random", "amplified", "random's")
     for name, rows in _groups(look.amplifications, lambda a: a.module).items():
         few, whole = [a.few for a in rows], [a.whole for a in rows]
         for through in [few] if few == whole else [few, whole]:
@@ -96,7 +96,7 @@ def _amplification(look: Look) -> None:
             norms = [f"{mean(getattr(t, key) for t in through):.3g}" for key in keys]
             factors = [f"{median(getattr(t, key) for t in through):.3g}" for key in ("factor", "factor_random")]
             table.add_row(printable(name), f"{max(t.num_directions for t in through)}", *norms, *factors)
-    show._console.print(table)
+    stdout.print(table)
     strongest = [a.few for a in look.amplifications]
     emphasis, first = median(t.emphasis for t in strongest), median(t.of_first for t in strongest)
     by_all = median(a.whole.emphasis for a in look.amplifications)
@@ -121,7 +121,7 @@ def _amplification_reading(emphasis: float, first: float) -> str:
 
 def _sizes(look: Look) -> None:
     """Updates beside their weights, and beside what quantising changed."""
-    table = show._table("module", "||dW||", "||W||", "dW / W", "spectral", "quant. error", "dW / quant. error")
+    table = new_table("module", "||dW||", "||W||", "dW / W", "spectral", "quant. error", "dW / quant. error")
     for name, rows in _groups(look.amplifications, lambda a: a.module).items():
         norms = [f"{mean(getattr(a, key) for a in rows):.3g}" for key in ("delta_norm", "weight_norm")]
         shares = [f"{median(getattr(a, key) for a in rows):.2%}" for key in ("delta_frac", "spectral_frac")]
@@ -129,7 +129,7 @@ def _sizes(look: Look) -> None:
         above = [a.above_quant_error for a in rows if a.above_quant_error is not None]
         noise = [f"{mean(errors):.3g}", f"{median(above):.2f}"] if errors else ["-", "-"]
         table.add_row(printable(name), *norms, *shares, *noise)
-    show._console.print(table)
+    stdout.print(table)
     _quant_error(look)
 
 
@@ -167,14 +167,14 @@ def _overlaps(result: Analysis) -> None:
             continue
         knows_start = any(overlap.control for overlap in members)
         extra = ("starts, all",) if knows_start else ()
-        table = show._table(what, "first", "first 4", "all", *extra, "by chance: first", "first 4", "all")
+        table = new_table(what, "first", "first 4", "all", *extra, "by chance: first", "first 4", "all")
         for overlap in members:
             sizes = _sizes_of(overlap)
             control = overlap.control_at(*sizes[-1])
             start = ("-" if control is None else f"{control:.3f}",) if knows_start else ()
             found = [f"{overlap.at(*size):.3f}" for size in sizes]
             table.add_row(printable(overlap.name), *found, *start, *(f"{overlap.baseline(*s):.3f}" for s in sizes))
-        show._console.print(table)
+        stdout.print(table)
         say(_overlap_reading(directions, members, first.name, second.name))
     say("The figures are phi. 1: the directions of one lie within those of the other; 0: none is shared.")
 

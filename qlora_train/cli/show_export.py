@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qlora_train.api import ExportResult
-from qlora_train.cli import show
+from qlora_train.cli.results import new_table, stdout
 from qlora_train.export.card import ONTO_WORDS
 from qlora_train.export.choice import Choice
 from qlora_train.export.noise import Noise, Quantiles
@@ -49,13 +49,13 @@ def exported(result: ExportResult) -> None:
 
 def _verdict(verdict: Verdict) -> None:
     """Distances from the trained model, and what follows."""
-    table = show._table("distance from the trained model", "merged", "adapter off")
+    table = new_table("distance from the trained model", "merged", "adapter off")
     merged, off = verdict.merged, verdict.adapter_off
     table.add_row("mean KL (nats per token)", f"{merged.mean_kl:.2e}", f"{off.mean_kl:.2e}")
     table.add_row("same most likely token", f"{merged.top1_agreement:.2%}", f"{off.top1_agreement:.2%}")
     losses = (f"{merged.candidate_nll:.4f}", f"{off.candidate_nll:.4f}")
     table.add_row(f"loss (trained: {merged.reference_nll:.4f})", *losses)
-    show._console.print(table)
+    stdout.print(table)
     how = "" if verdict.how == "whole" else ", one layer at a time"
     where = f"on {merged.num_tokens:,} tokens of {verdict.num_rows} {verdict.split} rows, in float32{how}"
     if verdict.onto == "original":
@@ -77,7 +77,7 @@ def _verdict(verdict: Verdict) -> None:
 
 def _choice(choice: Choice) -> None:
     """The ways to merge side by side."""
-    table = show._table("merged onto", "mean KL", "same next token", "loss", "exact match")
+    table = new_table("merged onto", "mean KL", "same next token", "loss", "exact match")
     trained = choice.candidates[0].distance.reference_nll
     table.add_row("(the trained model)", "0", "100.00%", f"{trained:.4f}", _share(choice.trained_exact_match))
     for candidate in choice.candidates:
@@ -89,7 +89,7 @@ def _choice(choice: Choice) -> None:
             f"{found.candidate_nll:.4f}",
             _share(candidate.exact_match),
         )
-    show._console.print(table)
+    stdout.print(table)
     answers = f"; exact match on {choice.num_answers} answers" if choice.num_answers else ""
     _say(f"{choice.num_rows} {choice.split} rows{answers}. {choice.sentence}\n")
 
@@ -100,11 +100,11 @@ def _share(value: float | None) -> str:
 
 def _noise(found: Noise) -> None:
     """Quantiles over the adapted weights, the five that are nearest to the noise, and a sentence."""
-    table = show._table("the change of a weight, over", "least", "quarter", "median", "3 quarters", "most")
+    table = new_table("the change of a weight, over", "least", "quarter", "median", "3 quarters", "most")
     _quantiles(table, "its own norm", found.over_weight)
     _quantiles(table, "its quantisation error", found.over_quant_error)
     _quantiles(table, "its rounding here", found.over_rounding)
-    show._console.print(table)
+    stdout.print(table)
     nearest = ", ".join(
         f"{printable(row.name.removesuffix('.weight'))} ({row.delta_norm / row.rounding_norm:.1f} x rounding)"
         if row.rounding_norm
@@ -122,4 +122,4 @@ def _quantiles(table: Table, name: str, values: Quantiles | None) -> None:
 
 
 def _say(line: str) -> None:
-    show._console.print(Text(line), soft_wrap=True)
+    stdout.print(Text(line), soft_wrap=True)

@@ -5,21 +5,21 @@ from __future__ import annotations
 from rich.text import Text
 
 from qlora_train.api import FormatResult
-from qlora_train.cli import show
+from qlora_train.cli.results import new_table, stdout
 from qlora_train.printable import printable
 
 
 def published(result: FormatResult) -> None:
     """One format, as it is published."""
     verdict, exported = result.verdict, result.verdict.merged
-    table = show._table(result.format, "as published", "adapter off")
+    table = new_table(result.format, "as published", "adapter off")
     table.add_row("mean KL (nats per token)", f"{exported.mean_kl:.2e}", f"{verdict.adapter_off.mean_kl:.2e}")
     table.add_row(
         "same most likely token", f"{exported.top1_agreement:.2%}", f"{verdict.adapter_off.top1_agreement:.2%}"
     )
     losses = (f"{exported.candidate_nll:.4f}", f"{verdict.adapter_off.candidate_nll:.4f}")
     table.add_row(f"loss (trained: {exported.reference_nll:.4f})", *losses)
-    show._console.print(table)
+    stdout.print(table)
     where = f"{exported.num_tokens:,} tokens of {verdict.num_rows} {verdict.split} rows, read back from the files"
     if verdict.onto == "original":
         said = f"accepted as another model than the trained one, {verdict.loss_rise:+.4f} nats per token of loss"
@@ -40,4 +40,4 @@ def published(result: FormatResult) -> None:
 
 
 def _say(line: str) -> None:
-    show._console.print(Text(line), soft_wrap=True)
+    stdout.print(Text(line), soft_wrap=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qlora_train.api import Replay
-from qlora_train.cli import show
+from qlora_train.cli.results import new_table, stdout
 from qlora_train.printable import printable
 from qlora_train.train.fork import describe_changes
 
@@ -22,11 +22,11 @@ def replayed(result: Replay) -> None:
     """Each step as it was logged and as it is here, and what that is worth."""
     start = f"from the checkpoint of step {result.from_step}" if result.from_step else "from the start"
     print(f"{result.run_dir.name}: {len(result.steps)} logged {'step' if len(result.steps) == 1 else 'steps'}, {start}")
-    table = show._table("step", "loss, logged", "here", "apart", "grad norm, logged", "here")
+    table = new_table("step", "loss, logged", "here", "apart", "grad norm, logged", "here")
     for step in result.steps:
         figures = (step.logged_loss, step.loss, step.loss_distance, step.logged_grad_norm, step.grad_norm)
         table.add_row(str(step.step), *(f"{figure:.9g}" for figure in figures))
-    show._console.print(table)
+    stdout.print(table)
     if result.compared_with is not None:
         equal = "equal to the bit" if result.same_adapter else "not equal"
         print(f"the adapter, and that of the checkpoint of step {result.compared_with}: {equal}")

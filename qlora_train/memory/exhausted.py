@@ -14,6 +14,7 @@ import torch
 from qlora_train.errors import OutOfMemory, requested_bytes
 from qlora_train.memory.advice import advise
 from qlora_train.memory.plan import Plan
+from qlora_train.units import size_text
 
 # What changes in the recipe leave room for when the size of the request is not known: what a plan may be wrong by.
 LEAST_RELIEF_FRAC = 0.1
@@ -92,15 +93,3 @@ def release(error: BaseException, device: torch.device) -> None:
 def first_line(error: BaseException) -> str:
     """What an error says, or its kind where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def size_text(num_bytes: int) -> str:
-    """Bytes as people read them.
-
-    >>> size_text(3 * 2**29), size_text(200 * 2**20), size_text(3 * 2**19)
-    ('1.50 GiB', '200 MiB', '1.5 MiB')
-    """
-    if num_bytes >= 2**29:
-        return f"{num_bytes / 2**30:,.2f} GiB"
-    mib = num_bytes / 2**20
-    return f"{mib:,.0f} MiB" if mib >= 100 else f"{mib:.1f} MiB"

@@ -8,10 +8,10 @@ from typing import Any
 from qlora_train.artifacts.layout import RunDir
 from qlora_train.errors import MachineError
 from qlora_train.memory.estimate import Request, Shallow
-from qlora_train.memory.exhausted import size_text
 from qlora_train.memory.stages import disk_terms
 from qlora_train.memory.terms import Term
 from qlora_train.recipe.schema import Recipe
+from qlora_train.units import size_text
 
 IN_RUN_FOLDER = ("checkpoints", "adapter")  # causes of memory/stages.py; caches lie elsewhere
 EXPORT = "merged model"

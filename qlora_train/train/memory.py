@@ -40,7 +40,7 @@ from qlora_train.data.loader import MicroBatch
 from qlora_train.errors import UserError, is_out_of_memory
 from qlora_train.memory.advice import advise
 from qlora_train.memory.available import available_bytes
-from qlora_train.memory.exhausted import Exhaustion, Option, first_line, options_of, release, size_text
+from qlora_train.memory.exhausted import Exhaustion, Option, first_line, options_of, release
 from qlora_train.memory.meta import DeviceKind, device_kind
 from qlora_train.memory.plan import Plan, plan_training
 from qlora_train.memory.trace import ADAPTER, DEQUANTISED, GRADIENTS, OPTIMISER, QUANTISED, RESIDENT, UNQUANTISED
@@ -51,6 +51,7 @@ from qlora_train.recipe.schema import Recipe
 from qlora_train.train.keys import is_neutral
 from qlora_train.train.metrics import Reporter, peak_memory_bytes
 from qlora_train.train.speed import Speed
+from qlora_train.units import size_text
 
 PhaseName = Literal["training", "evaluation", "generation"]
 PHASES: tuple[PhaseName, ...] = ("training", "evaluation", "generation")

@@ -24,7 +24,6 @@ from qlora_train.data.loader import MicroBatch, eval_batches
 from qlora_train.evaluate.tasks import Question, generate_texts
 from qlora_train.evaluate.validation import validate
 from qlora_train.memory.available import host_free_bytes
-from qlora_train.memory.exhausted import size_text
 from qlora_train.memory.live import LiveBytes
 from qlora_train.memory.meta import base_tensors
 from qlora_train.memory.trace import ADAPTER, DEQUANTISED, GRADIENTS, OPTIMISER, QUANTISED, RESIDENT, UNQUANTISED
@@ -36,6 +35,7 @@ from qlora_train.train.optim import trainable_parameters, with_all_moments
 from qlora_train.train.setup import Prepared
 from qlora_train.train.state import TrainState
 from qlora_train.train.step import accumulate_gradients
+from qlora_train.units import size_text
 
 WHERE = "in the rehearsal before step {step}: {what}"
 

@@ -222,7 +222,7 @@ def serve() -> None:
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
     from qlora_train import api  # noqa: F401
-    from qlora_train.cli import console, show  # noqa: F401
+    from qlora_train.cli import console, results, show  # noqa: F401
 
     get_checkpoint_conversion_mapping("llama")  # a second of regular expressions, once for all children
     for line in sys.stdin:

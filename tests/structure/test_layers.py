@@ -11,7 +11,7 @@ import pytest
 from tests.structure.source_tree import PACKAGE, parse, python_files, relative
 
 LAYERS: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "names", "plain", "printable", "seeds"}),
+    frozenset({"errors", "names", "plain", "printable", "seeds", "units"}),
     frozenset({"recipe", "quant", "artifacts", "environment", "untrusted"}),
     frozenset({"data", "loss", "kernels"}),
     frozenset({"adapters"}),

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from qlora_train.errors import MachineError, ModelError, OutOfMemory, is_out_of_memory, requested_bytes
-from qlora_train.memory.exhausted import Exhaustion, Option, release, size_text
+from qlora_train.memory.exhausted import Exhaustion, Option, release
 from tests.loading import CPU
 
 MESSAGES = {
@@ -109,8 +109,3 @@ def test_release_frees_what_the_failed_frames_hold() -> None:
         assert not freed, "a traceback keeps the tensors of its frames alive"
         release(error, CPU)
         assert freed
-
-
-def test_sizes_read_well() -> None:
-    texts = [size_text(count) for count in (0, 2**20, 99 * 2**20, 300 * 2**20, 2**30, 100 * 2**30)]
-    assert texts == ["0.0 MiB", "1.0 MiB", "99.0 MiB", "300 MiB", "1.00 GiB", "100.00 GiB"]
