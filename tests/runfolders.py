@@ -229,3 +229,81 @@ def write_run(folder: Path, *, seed: int = 0, recipe: str = RECIPE) -> Path:
 def rewrite(path: Path, **changes: Any) -> None:
     """Change keys of a JSON file."""
     path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **changes}), encoding="utf-8")
+
+
+def resume_line(step: int, minute: int, **changes: Any) -> dict[str, Any]:
+    """A line of resumes.jsonl; `fork` and `rounding` as {key: (old, new)}."""
+    found = {
+        part: [{"key": key, "old": old, "new": new, "where": ""} for key, (old, new) in changes.get(part, {}).items()]
+        for part in ("fork", "rounding")
+    }
+    level = "D0" if found["fork"] else "D1" if found["rounding"] else "D2"
+    return {"time": clock(minute), "step": step, "from": f"step-{step:06d}", "level": level, **found}
+
+
+def end_line(kind: str, code: int, minute: int, step: int, what: str, fix: str = "") -> dict[str, Any]:
+    """A line of errors.jsonl."""
+    problems = [{"what": what, "fix": fix, "where": None}]
+    return {"time": clock(minute), "kind": kind, "exit_code": code, "step": step, "problems": problems}
+
+
+def clock(minute: int) -> str:
+    """A time of one afternoon."""
+    return f"2026-11-22T17:{minute:02d}:00+0100"
+
+
+def spike(step: int, loss: float = 9.5) -> dict[str, Any]:
+    """A loss that leaps, in metrics.jsonl."""
+    rows = [f"{ROWS}:{index}" for index in range(6)]
+    return {"kind": "event", "step": step, "what": "loss spike", "loss": loss, "limit": 2.5, "rows": rows}
+
+
+def write_lines(path: Path, *lines: dict[str, Any]) -> None:
+    """Append JSON lines."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def write_flight(run_dir: RunDir, step: int, **changes: Any) -> None:
+    """The record of a step that came to no finite number; module 1 grew before, all gradients are none in the end."""
+    names = [f"layers.{layer}.q_proj.lora_{factor}" for layer in (0, 1) for factor in "AB"]
+    before = list(range(max(1, step - 3), step))
+    grown = {name: [3.0 + 27.0 * (name.startswith("layers.1") and at == step - 1) for at in before] for name in names}
+    content = {
+        "step": step,
+        "loss": "nan",
+        "grad_norm": "inf",
+        "learning_rate": 0.01,
+        "first_not_finite": {"kind": "output", "name": "m", "micro_step": 1, "text": "the output of layers.1.mlp"},
+        "rows": [
+            {"row": i, "where": f"{ROWS}:{i}", "micro_step": i % 2, "num_tokens": 7, "text": f"<s>row {i}\nits answer"}
+            for i in range(10)
+        ],
+        "last_steps": {
+            "step": before,
+            "loss": [2.0] * len(before),
+            "grad_norm": [4.0] * len(before),
+            "learning_rate": [0.01] * len(before),
+            "grad_norm_of": grown,
+            "norm_of": {name: [4.0 + place for place in range(len(before))] for name in names},
+        },
+        "this_step": {"grad_norm_of": dict.fromkeys(names, "nan")},
+        "repeat": f"qlora-train train tiny.yaml --resume --from {step - 1}",
+    }
+    with publishing(run_dir.flight(step), manifest={"step": step}) as folder:
+        (folder / "flight.json").write_text(json.dumps(content | changes), encoding="utf-8")
+
+
+def write_history(run_dir: RunDir) -> None:
+    """A spike; SIGTERM at step 10; a resume; step 21 not finite; a fork at 20, after which the run ended well."""
+    write_lines(run_dir.metrics, spike(7), spike(30, 4.0), spike(31, 8.0))
+    write_flight(run_dir, 21)
+    numerics = "step 21: loss nan, gradient norm inf; recorded in /runs/tiny/flight/step-000021"
+    write_lines(
+        run_dir.errors,
+        end_line("signal", 143, 10, 10, "SIGTERM: saved /runs/tiny/ckpt/step-000010; go on with --resume"),
+        *(end_line("resume", 5, 11 + n, 10, "train.epochs: 1 at the checkpoint, 2 now", "restore it") for n in (0, 1)),
+        end_line("numerics", 7, 30, 20, numerics, "lower train.learning_rate"),
+    )
+    fork = {"train.learning_rate": (0.01, 0.005), "data": ("ab" * 32, "cd" * 32)}
+    write_lines(run_dir.resumes, resume_line(10, 20), resume_line(20, 40, fork=fork, rounding={"threads": (2, 1)}))

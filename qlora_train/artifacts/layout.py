@@ -117,7 +117,7 @@ class RunDir:
 
     @property
     def errors(self) -> Path:
-        """One JSON line for each error that ended a process which held the folder."""
+        """One JSON line for each error, signal or bug of ours that ended a process which held the folder."""
         return self.root / "errors.jsonl"
 
     @property

@@ -16,7 +16,8 @@ from qlora_train.report.facts import RunFacts
 from qlora_train.report.norms import ModuleNorm, norm_grid
 from qlora_train.report.shapes import Memory, Term
 from qlora_train.report.svg import COLOURS, INK, LINE, SERIES, Drawing
-from qlora_train.report.words import plain, size
+from qlora_train.report.words import plain
+from qlora_train.units import size_text
 
 _BAR, _GAP = 0.36, 1.15  # heights, in phases
 _FAINTEST = 0.05  # of a cell, so that a norm of 0 is told from a missing module
@@ -50,7 +51,7 @@ def memory_chart(run: RunFacts, slug: str) -> Chart | None:
         axes.barh(place * _GAP, beside, _BAR, left=phase.planned or 0, color=LINE)
         _stack(drawing, phase.measured_by_cause, order, place * _GAP + _BAR + 0.03, total=phase.measured)
         figures = (("planned", phase.planned), ("measured", phase.measured))
-        words += [f"{plain(phase.name)} {how} {size(found)}" for how, found in figures if found]
+        words += [f"{plain(phase.name)} {how} {size_text(found)}" for how, found in figures if found]
     axes.set_yticks([place * _GAP + _BAR / 2 for place in range(len(shown))], [plain(phase.name) for phase in shown])
     axes.set_ylim(len(shown) * _GAP - _BAR, -_BAR)
     axes.grid(axis="y", visible=False)

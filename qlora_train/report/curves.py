@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from qlora_train.data.page import percent
 from qlora_train.report.facts import RunFacts
+from qlora_train.report.happened import Happening
 from qlora_train.report.shapes import TrainLine
 from qlora_train.report.svg import COLOURS, INK, SERIES, SOFT, Drawing
 
@@ -21,6 +22,7 @@ MAX_POINTS = 600  # of a line: more are not seen
 SMOOTHED_SHARE = 25  # a mean is over a twenty-fifth of the logged steps
 LOG_SCALE_FROM = 30.0  # gradient norms that differ by this factor
 _MARKERS = "osD^vPX*"
+_TOGETHER = 0.05  # of the width: marks that are nearer share their numbers
 
 Values = NDArray[np.float64]
 
@@ -34,13 +36,29 @@ class Chart:
     svg: Markup
 
 
-def curve_charts(runs: Sequence[RunFacts]) -> list[Chart]:
+@dataclass(frozen=True)
+class Mark:
+    """A step at which something happened, by its number in the table."""
+
+    step: int
+    number: int
+    colour: str
+
+
+def marks_of(happened: Sequence[Sequence[Happening]]) -> list[Mark]:
+    """What happened to each run, where the step is known."""
+    colours = SERIES if len(happened) > 1 else [SOFT]
+    rows = [(row, colour) for own, colour in zip(happened, colours, strict=False) for row in own]
+    return [Mark(row.step, row.number, colour) for row, colour in rows if row.step is not None]
+
+
+def curve_charts(runs: Sequence[RunFacts], marks: Sequence[Mark]) -> list[Chart]:
     """The charts that there are lines for; none where no run has logged a step. At most COLOURS runs."""
     assert len(runs) <= COLOURS
     logged = [(index, run) for index, run in enumerate(runs) if run.steps]
     if not logged:
         return []
-    return [_loss(logged), _learning_rate(logged), _grad_norm(logged), _speed(logged)]
+    return [_loss(logged, marks), _learning_rate(logged, marks), _grad_norm(logged, marks), _speed(logged, marks)]
 
 
 def smoothing_window(num_steps: int) -> int:
@@ -75,22 +93,69 @@ def _column(steps: Sequence[TrainLine], value: Callable[[TrainLine], float]) -> 
     return np.array([value(step) for step in steps], dtype=np.float64)
 
 
-def _lines(drawing: Drawing, logged: Sequence[tuple[int, RunFacts]], value: Callable[[TrainLine], float]) -> None:
-    """One line a run."""
+def _lines(
+    drawing: Drawing,
+    logged: Sequence[tuple[int, RunFacts]],
+    value: Callable[[TrainLine], float],
+    marks: Sequence[Mark],
+) -> None:
+    """One line a run, and the marks."""
     for index, run in logged:
         x, y = thinned(_column(run.steps, lambda step: step.step), _column(run.steps, value))
         drawing.axes.plot(x, y, color=SERIES[index], linewidth=1.4, marker="o" if len(x) == 1 else "")
-    _step_axis(drawing)
+    step_axis(drawing, marks)
 
 
-def _step_axis(drawing: Drawing) -> None:
-    """Whole steps, and few marks on both axes."""
+def step_axis(drawing: Drawing, marks: Sequence[Mark]) -> None:
+    """Whole steps, few ticks on both axes, and the marks."""
     drawing.axes.set_xlabel("step")
     drawing.axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
     drawing.axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
+    for mark in marks:
+        drawing.axes.axvline(mark.step, color=mark.colour, linewidth=0.9, zorder=0.9)
+    low, high = drawing.axes.get_xlim()
+    for group in beside_each_other(marks, _TOGETHER * (high - low)):
+        middle = (group[0].step + group[-1].step) / 2
+        alike = len({mark.colour for mark in group}) == 1
+        drawing.axes.text(
+            middle,
+            1.02,
+            in_few_words([mark.number for mark in group]),
+            transform=drawing.axes.get_xaxis_transform(),
+            color=group[0].colour if alike else SOFT,
+            size=11,
+            ha="center",
+        )
 
 
-def _loss(logged: Sequence[tuple[int, RunFacts]]) -> Chart:
+def beside_each_other(marks: Sequence[Mark], width: float) -> list[list[Mark]]:
+    """Marks by step, those together that lie no farther than `width` from the first of them."""
+    groups: list[list[Mark]] = []
+    for mark in sorted(marks, key=lambda mark: (mark.step, mark.number)):
+        if groups and mark.step - groups[-1][0].step <= width:
+            groups[-1].append(mark)
+        else:
+            groups.append([mark])
+    return groups
+
+
+def in_few_words(numbers: Sequence[int]) -> str:
+    """Numbers with a dash for those that follow each other.
+
+    >>> in_few_words([4, 1, 2, 3, 7]), in_few_words([1, 2])
+    ('1-4, 7', '1, 2')
+    """
+    spans: list[list[int]] = []
+    for number in sorted(numbers):
+        if spans and number == spans[-1][-1] + 1:
+            spans[-1].append(number)
+        else:
+            spans.append([number])
+    words = [f"{span[0]}-{span[-1]}" if len(span) > 2 else ", ".join(map(str, span)) for span in spans]
+    return ", ".join(words)
+
+
+def _loss(logged: Sequence[tuple[int, RunFacts]], marks: Sequence[Mark]) -> Chart:
     """Training loss, each step faintly where there is one run, and the held-out loss from the base's on."""
     drawing, words = Drawing(HEIGHT), []
     for index, run in logged:
@@ -113,8 +178,10 @@ def _loss(logged: Sequence[tuple[int, RunFacts]]) -> Chart:
         words.append(f"{run.name}: training from {losses[0]:.3g} at step {steps[0]:.0f} to {mean[-1]:.3g}")
         if held_out:
             words[-1] += ", held out " + ", ".join(f"{loss:.3g} at step {step}" for step, loss in _ends(held_out))
-    _step_axis(drawing)
+    step_axis(drawing, marks)
     drawing.plain_numbers()
+    if marks:
+        words.append("marks: " + ", ".join(f"{mark.number} at step {mark.step}" for mark in marks))
     note = _loss_note(logged)
     return Chart("Loss", note, drawing.svg("loss", f"Loss over the steps. {'; '.join(words)}"))
 
@@ -144,9 +211,9 @@ def _loss_note(logged: Sequence[tuple[int, RunFacts]]) -> str:
     )
 
 
-def _learning_rate(logged: Sequence[tuple[int, RunFacts]]) -> Chart:
+def _learning_rate(logged: Sequence[tuple[int, RunFacts]], marks: Sequence[Mark]) -> Chart:
     drawing = Drawing(HEIGHT)
-    _lines(drawing, logged, lambda step: step.learning_rate)
+    _lines(drawing, logged, lambda step: step.learning_rate, marks)
     drawing.axes.set_ylim(bottom=0)
     drawing.plain_numbers()
     peaks = [f"{run.name}: at most {max(line.learning_rate for line in run.steps):g}" for _, run in logged]
@@ -154,10 +221,10 @@ def _learning_rate(logged: Sequence[tuple[int, RunFacts]]) -> Chart:
     return Chart("Learning rate", note, drawing.svg("lr", f"Learning rate over the steps. {'; '.join(peaks)}"))
 
 
-def _grad_norm(logged: Sequence[tuple[int, RunFacts]]) -> Chart:
+def _grad_norm(logged: Sequence[tuple[int, RunFacts]], marks: Sequence[Mark]) -> Chart:
     """Norms before clipping, and the norm above which gradients are scaled down."""
     drawing, words = Drawing(HEIGHT), []
-    _lines(drawing, logged, lambda step: step.grad_norm)
+    _lines(drawing, logged, lambda step: step.grad_norm, marks)
     norms = [line.grad_norm for _, run in logged for line in run.steps if line.grad_norm > 0]
     if norms and max(norms) > LOG_SCALE_FROM * min(norms):
         drawing.axes.set_yscale("log")
@@ -178,9 +245,9 @@ def _grad_norm(logged: Sequence[tuple[int, RunFacts]]) -> Chart:
     return Chart("Gradient norm", note, drawing.svg("grad", f"Gradient norm over the steps. {'; '.join(middle)}"))
 
 
-def _speed(logged: Sequence[tuple[int, RunFacts]]) -> Chart:
+def _speed(logged: Sequence[tuple[int, RunFacts]], marks: Sequence[Mark]) -> Chart:
     drawing = Drawing(HEIGHT)
-    _lines(drawing, logged, lambda step: step.num_tokens / step.step_s)
+    _lines(drawing, logged, lambda step: step.num_tokens / step.step_s, marks)
     drawing.axes.set_ylim(bottom=0)
     drawing.plain_numbers()
     words = [

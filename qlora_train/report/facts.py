@@ -18,6 +18,7 @@ from qlora_train.report.norms import ModuleNorm, module_norms
 from qlora_train.report.words import plain
 
 DEFAULT = "default"
+_LINES: dict[str, type[shapes.Shape]] = {"train": shapes.TrainLine, "eval": shapes.EvalLine, "event": shapes.EventLine}
 _S = TypeVar("_S", bound=shapes.Shape)
 
 
@@ -54,6 +55,10 @@ class RunFacts:
     settings: tuple[Setting, ...]
     steps: tuple[shapes.TrainLine, ...]
     evals: tuple[shapes.EvalLine, ...]
+    events: tuple[shapes.EventLine, ...]
+    resumes: tuple[shapes.Resume, ...]
+    ends: tuple[shapes.End, ...]
+    flights: tuple[shapes.Flight, ...]
     environment: shapes.Environment | None
     base: shapes.Base | None
     data: shapes.Data | None
@@ -99,13 +104,17 @@ def read_run(folder: Path, name: str) -> RunFacts:
     if not run_dir.recipe.is_file():
         raise RecipeError(_why_no_run(run_dir), fix="name the run.dir of a recipe that was trained")
     read = _Reader()
-    steps, evals = read.metrics(run_dir)
+    logged = read.metrics(run_dir)
     return RunFacts(
         run_dir=run_dir,
         name=name,
         settings=read.settings(run_dir.recipe),
-        steps=steps,
-        evals=evals,
+        steps=tuple(line for line in logged if isinstance(line, shapes.TrainLine)),
+        evals=tuple(line for line in logged if isinstance(line, shapes.EvalLine)),
+        events=tuple(line for line in logged if isinstance(line, shapes.EventLine)),
+        resumes=read.lines(run_dir.resumes, shapes.Resume.model_validate_json),
+        ends=read.lines(run_dir.errors, shapes.End.model_validate_json),
+        flights=read.flights(run_dir),
         environment=read.file(run_dir.environment, shapes.Environment, "versions and device are not known"),
         base=read.file(run_dir.base, shapes.Base, "the base's fingerprint is not known"),
         data=read.file(run_dir.data, shapes.Data, "there is no account of the data"),
@@ -113,7 +122,7 @@ def read_run(folder: Path, name: str) -> RunFacts:
         memory=read.file(run_dir.memory, shapes.Memory, "there is no memory plan to compare with"),
         summary=read.file(run_dir.summary, shapes.Summary, "the run has not ended"),
         adapter=read.adapter(run_dir),
-        exports=read.lines(run_dir.exports, lambda line: shapes.Export.model_validate_json(line)),
+        exports=read.lines(run_dir.exports, shapes.Export.model_validate_json),
         notes=tuple(read.notes),
     )
 
@@ -170,20 +179,28 @@ class _Reader:
             self.notes.append(f"{path.name}: {how_many} damaged and left out, first {faults[0]}")
         return tuple(found)
 
-    def metrics(self, run_dir: RunDir) -> tuple[tuple[shapes.TrainLine, ...], tuple[shapes.EvalLine, ...]]:
-        """The logged steps and the held-out losses."""
+    def metrics(self, run_dir: RunDir) -> tuple[shapes.Shape, ...]:
+        """The logged steps, held-out losses and events, in their order."""
 
         def parse(line: bytes) -> shapes.Shape:
             other = shapes.Line.model_validate_json(line)
-            if other.kind == "train":
-                return shapes.TrainLine.model_validate_json(line)
-            return shapes.EvalLine.model_validate_json(line) if other.kind == "eval" else other
+            return _LINES.get(other.kind, shapes.Line).model_validate_json(line)
 
         found = self.lines(run_dir.metrics, parse)
-        steps = tuple(line for line in found if isinstance(line, shapes.TrainLine))
-        if not steps:
+        if not any(isinstance(line, shapes.TrainLine) for line in found):
             self.notes.append(f"{run_dir.metrics.name} holds no step: training has not begun")
-        return steps, tuple(line for line in found if isinstance(line, shapes.EvalLine))
+        return found
+
+    def flights(self, run_dir: RunDir) -> tuple[shapes.Flight, ...]:
+        """What was written down of steps that came to no finite number, by step."""
+        found = []
+        for folder in run_dir.flight_steps().values():
+            try:
+                _refuse_damaged(folder)
+                found.append(shapes.Flight.model_validate_json((folder / "flight.json").read_bytes()))
+            except (OSError, ValueError) as error:
+                self.notes.append(f"{run_dir.flights.name}/{folder.name} is damaged: {_reason(error)}")
+        return tuple(found)
 
     def settings(self, path: Path) -> tuple[Setting, ...]:
         """The keys of the resolved recipe, in its order."""
@@ -211,11 +228,16 @@ class _Reader:
 
 
 def _read_adapter(folder: Path, *, is_published: bool) -> Adapter:
-    if faults := manifest_faults(folder):
-        raise ValueError("; ".join(faults))
+    _refuse_damaged(folder)
     manifest = shapes.AdapterManifest.model_validate(read_manifest(folder))
     sha256 = manifest.files["adapter_model.safetensors"].sha256
     return Adapter(manifest.step, is_published, sha256, module_norms(folder))
+
+
+def _refuse_damaged(folder: Path) -> None:
+    """ValueError unless a published folder is what its manifest says."""
+    if faults := manifest_faults(folder):
+        raise ValueError("; ".join(faults))
 
 
 def _settings(text: str) -> Iterator[Setting]:

@@ -11,7 +11,8 @@ from qlora_train.report.curves import Chart
 from qlora_train.report.facts import RunFacts
 from qlora_train.report.shapes import Memory, Phase
 from qlora_train.report.tables import ABSENT
-from qlora_train.report.words import duration, plain, size
+from qlora_train.report.words import duration, plain
+from qlora_train.units import size_text
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def memory_view(run: RunFacts, slug: str) -> MemoryView | None:
         spans=tuple(Counter(plain(phase.name) for phase, _, _ in _columns(memory)).items()),
         causes=tuple(_cause_rows(memory)),
         phases=tuple(_phase_row(phase) for phase in memory.phases),
-        terms=tuple(TermRow(plain(t.stage), plain(t.cause), size(t.num_bytes), plain(t.source)) for t in terms),
+        terms=tuple(TermRow(plain(t.stage), plain(t.cause), size_text(t.num_bytes), plain(t.source)) for t in terms),
         facts=tuple(_facts(memory)),
         warnings=tuple(map(plain, memory.warnings)),
     )
@@ -93,15 +94,15 @@ def _cause_rows(memory: Memory) -> list[CauseRow]:
     """The largest cause first, and the sums last."""
     columns = [parts for _, _, parts in _columns(memory)]
     rows = [
-        CauseRow(plain(cause), tuple(size(parts.get(cause, 0)) for parts in columns), cause_colour(position))
+        CauseRow(plain(cause), tuple(size_text(parts.get(cause, 0)) for parts in columns), cause_colour(position))
         for position, cause in enumerate(causes(memory))
     ]
-    return [*rows, CauseRow("all", tuple(size(sum(parts.values())) for parts in columns), None)] if rows else []
+    return [*rows, CauseRow("all", tuple(size_text(sum(parts.values())) for parts in columns), None)] if rows else []
 
 
 def _phase_row(phase: Phase) -> PhaseRow:
     far = phase.difference_frac
-    planned, measured = (size(value) if value is not None else ABSENT for value in (phase.planned, phase.measured))
+    planned, measured = (size_text(value) if value is not None else ABSENT for value in (phase.planned, phase.measured))
     difference = ABSENT if far is None else f"{'+' if far > 0 else ''}{100 * far:.1f} %"
     is_bound = phase.name in BOUNDS
     is_far = far is not None and (far > FAR or (far < -FAR and not is_bound))
@@ -118,16 +119,17 @@ def _facts(memory: Memory) -> list[str]:
         found.append(f"Settings as they were: {settings}.")
     for phase in memory.phases:
         if phase.reserved is not None:
-            found.append(f"Reserved by torch in {plain(phase.name)}: {size(phase.reserved)}.")
+            found.append(f"Reserved by torch in {plain(phase.name)}: {size_text(phase.reserved)}.")
     before, peak = memory.resident.before, memory.resident.peak
     if peak is not None:
-        grown = f", {size(peak - before)} more than before the model was loaded" if before is not None else ""
-        found.append(f"Resident memory of the process at its peak: {size(peak)}{grown}.")
+        grown = f", {size_text(peak - before)} more than before the model was loaded" if before is not None else ""
+        found.append(f"Resident memory of the process at its peak: {size_text(peak)}{grown}.")
     saved = memory.rehearsal
     if saved and saved.checkpoint_bytes is not None and saved.checkpoint_s is not None:
-        found.append(f"A checkpoint takes {size(saved.checkpoint_bytes)} and {duration(saved.checkpoint_s)} to save.")
+        takes = f"{size_text(saved.checkpoint_bytes)} and {duration(saved.checkpoint_s)}"
+        found.append(f"A checkpoint takes {takes} to save.")
     if ran_out := memory.out_of_memory:
-        asked = f", and {size(ran_out.requested)} more were asked for" if ran_out.requested is not None else ""
-        held = f": {size(ran_out.held)} were in use{asked}" if ran_out.held is not None else ""
+        asked = f", and {size_text(ran_out.requested)} more were asked for" if ran_out.requested is not None else ""
+        held = f": {size_text(ran_out.held)} were in use{asked}" if ran_out.held is not None else ""
         found.append(f"Memory ran out {plain(ran_out.where)}{held}. {plain(ran_out.message)}")
     return found

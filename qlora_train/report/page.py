@@ -9,9 +9,12 @@ from qlora_train.data.page import percent, templates
 from qlora_train.report import story, tables
 from qlora_train.report.answers import answer_groups, balance
 from qlora_train.report.charts import heat_map
-from qlora_train.report.curves import Chart, curve_charts
+from qlora_train.report.curves import Chart, curve_charts, marks_of
 from qlora_train.report.facts import RunFacts
+from qlora_train.report.flights import flight_views
+from qlora_train.report.happened import advice, ending, numbered
 from qlora_train.report.memory import memory_view
+from qlora_train.report.method import method_charts
 from qlora_train.report.norms import norm_grid
 from qlora_train.report.svg import COLOURS, page_style
 from qlora_train.report.words import plain
@@ -32,8 +35,10 @@ def render_page(runs: Sequence[RunFacts]) -> str:
 
 def _view(runs: Sequence[RunFacts]) -> Json:
     """Everything the template shows, as texts without control characters."""
+    happened = numbered(runs)
     with page_style():
-        charts = curve_charts(runs)
+        marks = marks_of(happened)
+        charts = [*curve_charts(runs, marks), *method_charts(runs, marks)]
         memory = [memory_view(run, f"memory{index}") for index, run in enumerate(runs)]
         norms = [_norms(run, f"norms{index}", _top(runs)) for index, run in enumerate(runs)]
     return {
@@ -45,7 +50,10 @@ def _view(runs: Sequence[RunFacts]) -> Json:
         "warnings": story.comparability(runs) if len(runs) > 1 else [],
         "figures": tables.figures(runs),
         "differing": tables.differing_settings(runs) if len(runs) > 1 else [],
+        "endings": [plain(advice(end)) if (end := ending(run)) else "" for run in runs],
         "charts": charts,
+        "happened": happened,
+        "flights": [flight_views(run) for run in runs],
         "answers": answer_groups(runs),
         "balances": [balance(run) for run in runs],
         "memory": memory,

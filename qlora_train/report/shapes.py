@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, model_validator
+
+Number = Annotated[float, Field(allow_inf_nan=True)]
+"""A number that may be none: NaN or infinity, which JSON holds as text."""
 
 
 class Shape(BaseModel):
@@ -22,6 +26,8 @@ class Line(Shape):
 class TrainLine(Shape):
     """A logged step in metrics.jsonl. Loss in nats per supervised token; the norm is that before clipping."""
 
+    model_config = ConfigDict(extra="allow")
+
     step: int
     loss: float
     grad_norm: float
@@ -29,6 +35,13 @@ class TrainLine(Shape):
     num_tokens: int
     num_supervised_tokens: int
     step_s: float = Field(gt=0)
+    peak_memory_gib: float | None = None
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """Numbers that the method and its optimiser logged of their own."""
+        own = {name: value for name, value in (self.model_extra or {}).items() if type(value) in (int, float)}
+        return {name: float(value) for name, value in own.items() if math.isfinite(value)}
 
 
 class EvalLine(Shape):
@@ -36,6 +49,114 @@ class EvalLine(Shape):
 
     step: int
     eval_loss: float
+
+
+class EventLine(Shape):
+    """An event in metrics.jsonl: something that a step should not do, in words (`text`) or in figures of its own."""
+
+    model_config = ConfigDict(extra="allow")
+
+    step: int
+    what: str
+    text: str = ""
+    loss: float | None = None
+    limit: float | None = None  # that the loss was expected to stay below
+    rows: tuple[str, ...] = ()
+
+    @property
+    def others(self) -> dict[str, Any]:
+        """What else was written down."""
+        return {name: value for name, value in (self.model_extra or {}).items() if name != "kind"}
+
+
+class Change(Shape):
+    """One thing that was not as before when a run went on."""
+
+    key: str
+    old: Any = None
+    new: Any = None
+
+
+class Resume(Shape):
+    """A line of resumes.jsonl: from where the run went on; train/fork.py describes the levels."""
+
+    time: AwareDatetime
+    step: int
+    level: Literal["D2", "D1", "D0"]
+    fork: tuple[Change, ...] = ()
+    rounding: tuple[Change, ...] = ()
+
+
+class Problem(Shape):
+    """One thing that was wrong."""
+
+    what: str
+    fix: str = ""
+    where: str | None = None
+
+
+class End(Shape):
+    """A line of errors.jsonl: what ended a process that held the run folder."""
+
+    time: AwareDatetime
+    kind: str
+    exit_code: int
+    step: int | None = None  # the last one logged by then
+    problems: tuple[Problem, ...] = ()
+
+
+class FlightRow(Shape):
+    """A row of the step that came to no finite number, as it was trained on."""
+
+    where: str
+    micro_step: int
+    num_tokens: int
+    text: str
+
+
+class Culprit(Shape):
+    """What was first not finite when the step was computed once more."""
+
+    text: str
+    micro_step: int | None = None
+
+
+class LastSteps(Shape):
+    """The steps before, oldest first. Norms are of trained tensors by name: of gradients, and of the values."""
+
+    step: tuple[int, ...] = ()
+    loss: tuple[Number, ...] = ()
+    grad_norm: tuple[Number, ...] = ()
+    learning_rate: tuple[Number, ...] = ()
+    grad_norm_of: dict[str, tuple[Number, ...]] = {}
+    norm_of: dict[str, tuple[Number, ...]] = {}
+
+    @model_validator(mode="after")
+    def _as_many_of_each(self) -> LastSteps:
+        columns = (self.loss, self.grad_norm, self.learning_rate, *self.grad_norm_of.values(), *self.norm_of.values())
+        if any(len(column) != len(self.step) for column in columns):
+            raise ValueError(f"a figure is not there for each of the {len(self.step)} steps")
+        return self
+
+
+class ThisStep(Shape):
+    """Norms of the gradients of the step itself."""
+
+    grad_norm_of: dict[str, Number] = {}
+
+
+class Flight(Shape):
+    """flight.json of a step that came to no finite number; train/flight.py describes it."""
+
+    step: int
+    loss: Number
+    grad_norm: Number
+    learning_rate: Number
+    first_not_finite: Culprit | None = None
+    rows: tuple[FlightRow, ...] = ()
+    last_steps: LastSteps = LastSteps()
+    this_step: ThisStep = ThisStep()
+    repeat: str = ""  # the command that comes to the same step
 
 
 class Scores(Shape):

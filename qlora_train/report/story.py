@@ -10,7 +10,8 @@ from qlora_train.recipe.methods import METHODS
 from qlora_train.report.facts import RunFacts
 from qlora_train.report.shapes import Evaluation, Scores
 from qlora_train.report.tables import change, score_change, state
-from qlora_train.report.words import duration, loss, plain, short, size, small_share
+from qlora_train.report.words import duration, loss, plain, short, small_share
+from qlora_train.units import size_text
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ def sentence(run: RunFacts) -> str:
             words += f" (r = {r}, alpha = {alpha})"
     if train := run.data.split("train") if run.data else None:
         words += f", {'trained' if run.summary else 'to be trained'} on {train.num_trained:,} rows"
-    words += f". {state(run).capitalize()}"
+    so_far = state(run)
+    words += f". {so_far[0].upper()}{so_far[1:]}"
     if run.summary:
         words += f" in {duration(run.summary.train_s)}"
     return f"{words}. {_outcome(run)}".rstrip()
@@ -100,9 +102,8 @@ def _training_tiles(run: RunFacts) -> list[Tile]:
         planned = f"of {run.num_planned_steps:,}" if run.num_planned_steps else ""
         return [Tile(f"{run.last_step:,}", "steps logged", planned)]
     supervised = f"{summary.num_supervised_tokens:,} of them supervised"
-    steps = (
-        f"{summary.num_steps:,} steps, {summary.tokens_per_s:,.0f} tokens/s, {size(summary.peak_memory_bytes)} at most"
-    )
+    peak = size_text(summary.peak_memory_bytes)
+    steps = f"{summary.num_steps:,} steps, {summary.tokens_per_s:,.0f} tokens/s, {peak} at most"
     return [
         Tile(f"{summary.num_tokens:,}", "tokens trained on", supervised),
         Tile(duration(summary.train_s), "time of the steps", steps),

@@ -10,8 +10,10 @@ from typing import TypeVar
 from qlora_train.data.audit import MEANINGS
 from qlora_train.data.page import percent
 from qlora_train.report.facts import RunFacts
+from qlora_train.report.happened import how_it_ended
 from qlora_train.report.shapes import Base, Data, Distance, Environment, Evaluation, Export, Scores, Split, Summary
-from qlora_train.report.words import duration, loss, plain, short, size, small_share
+from qlora_train.report.words import duration, loss, plain, short, small_share
+from qlora_train.units import size_text
 
 ABSENT = "-"
 INDENT = "\N{EM SPACE}"
@@ -60,7 +62,8 @@ def state(run: RunFacts) -> str:
     if run.summary:
         return f"complete: {run.summary.num_steps:,} steps"
     planned = f" of {run.num_planned_steps:,}" if run.num_planned_steps else ""
-    ended = "out of memory" if run.memory and run.memory.out_of_memory else "unfinished"
+    ran_out = "out of memory" if run.memory and run.memory.out_of_memory else ""
+    ended = how_it_ended(run) or ran_out or "unfinished"
     return f"{ended}: step {run.last_step:,}{planned}" if run.steps else f"{ended}: no step logged"
 
 
@@ -138,7 +141,7 @@ def figures(runs: Sequence[RunFacts]) -> list[Row]:
             ("Time of the steps", given(_summary, lambda summary: duration(summary.train_s))),
             ("Time in all, with loading and evaluation", given(_summary, wall_time)),
             ("Speed", given(_summary, lambda summary: f"{summary.tokens_per_s:,.1f} tokens/s")),
-            ("Peak memory", given(_summary, lambda summary: size(summary.peak_memory_bytes))),
+            ("Peak memory", given(_summary, lambda summary: size_text(summary.peak_memory_bytes))),
             ("Trainable parameters", given(_summary, trainable)),
             ("Merge", verdict),
         ],
@@ -288,7 +291,7 @@ def fingerprint_rows(runs: Sequence[RunFacts]) -> list[Row]:
         counts: Counter[str] = Counter()
         for tensor in base.tensors.values():
             counts[tensor.dtype] += tensor.num_bytes
-        return ", ".join(f"{size(num_bytes)} in {dtype}" for dtype, num_bytes in counts.most_common()) or None
+        return ", ".join(f"{size_text(num_bytes)} in {dtype}" for dtype, num_bytes in counts.most_common()) or None
 
     def data_file(name: str) -> Callable[[Data], str | None]:
         return lambda data: next((short(file.sha256) for file in data.files if file.name == name), None)

@@ -18,19 +18,6 @@ def plain(text: str, most: int = MAX_TEXT) -> str:
     return f"{shown[:most]}... ({left_out:,} characters more)" if left_out > 0 else shown
 
 
-def size(num_bytes: float) -> str:
-    """Bytes in the unit that suits them.
-
-    >>> size(3 * 2**29), size(5 * 2**20), size(2_000), size(0)
-    ('1.50 GiB', '5 MiB', '2 KiB', '0')
-    """
-    if num_bytes >= 2**30:
-        return f"{num_bytes / 2**30:.2f} GiB"
-    if num_bytes >= 2**20:
-        return f"{num_bytes / 2**20:,.0f} MiB"
-    return f"{num_bytes / 2**10:.0f} KiB" if num_bytes else "0"
-
-
 def duration(seconds: float) -> str:
     """A time in its two largest units.
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
 from qlora_train.artifacts.files import append_json_line, write_file, write_json
 from qlora_train.artifacts.layout import RunDir
 from qlora_train.data.account import account_for, write_account
-from qlora_train.errors import UserError
+from qlora_train.errors import Interrupted, Problem, UserError
 from qlora_train.model.table import dtype_table
 from qlora_train.printable import without_secrets
 from qlora_train.recipe.load import LoadedRecipe, resolved_yaml
+from qlora_train.train.metrics import last_logged_step
 from qlora_train.train.selfcheck import SelfCheck
 from qlora_train.train.setup import Prepared
 
@@ -69,16 +71,28 @@ def describe(prepared: Prepared) -> None:
 
 @contextlib.contextmanager
 def errors_recorded(run_dir: RunDir) -> Iterator[None]:
-    """Keep a copy of an error that ends the block as a line of `errors.jsonl`: what a machine may read of it."""
+    """Keep a copy of what ends the block as a line of `errors.jsonl`: an error, a signal, or a bug of ours."""
     try:
         yield
     except UserError as error:
-        problems = [
-            {name: text and without_secrets(text) for name, text in asdict(problem).items()}
-            for problem in error.problems
-        ]
-        when = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        entry = {"time": when, "kind": error.kind, "exit_code": error.exit_code, "problems": problems}
-        with contextlib.suppress(UserError):  # where even this cannot be written, the first error is the one to show
-            append_json_line(run_dir.errors, entry)
+        _record(run_dir, error.kind, error.exit_code, error.problems)
         raise
+    except Interrupted as error:
+        name = signal.Signals(error.exit_code - 128).name
+        _record(run_dir, "signal", error.exit_code, [Problem(f"{name}: {error}", "")])
+        raise
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}".splitlines()[0]
+        _record(run_dir, "bug", 1, [Problem(what, "send the report that the command line names")])
+        raise
+
+
+def _record(run_dir: RunDir, kind: str, exit_code: int, problems: Sequence[Problem]) -> None:
+    """A line with the last step that was logged by now."""
+    said = [{name: text and without_secrets(text) for name, text in asdict(problem).items()} for problem in problems]
+    when = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    # Where even this cannot be read or written, the first error is the one to show.
+    with contextlib.suppress(UserError, OSError):
+        step = last_logged_step(run_dir.metrics)
+        entry = {"time": when, "kind": kind, "exit_code": exit_code, "step": step, "problems": said}
+        append_json_line(run_dir.errors, entry)

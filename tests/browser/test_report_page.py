@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from qlora_train.artifacts.layout import RunDir
 from qlora_train.report.run import write_report
-from tests.runfolders import RECIPE, write_run
+from tests.runfolders import RECIPE, write_history, write_run
 
 pytestmark = pytest.mark.browser
 
@@ -33,12 +35,15 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One run, and three side by side."""
+    """One run, one that was stopped, resumed and forked, and three side by side."""
     folder = tmp_path_factory.mktemp("browser")
     one = write_run(folder / "a-run-with-a-name-that-is-rather-long-for-a-phone")
+    interrupted = RunDir(write_run(folder / "interrupted"))
+    write_history(interrupted)
     others = [write_run(folder / name, seed=7, recipe=RECIPE.replace("0.01", "0.02")) for name in ("second", "third")]
     return {
         "one run": write_report([one], folder / "one.html").page,
+        "interrupted run": write_report([interrupted.root], folder / "interrupted.html").page,
         "three runs": write_report([one, *others], folder / "three.html").page,
     }
 
@@ -56,12 +61,12 @@ def opened(browser: Any, path: Path, width: int, scheme: str = "light") -> tuple
 
 
 @pytest.mark.parametrize("width", WIDTHS.values(), ids=WIDTHS)
-@pytest.mark.parametrize("which", ["one run", "three runs"])
+@pytest.mark.parametrize("which", ["one run", "interrupted run", "three runs"])
 def test_it_fits_and_its_figures_show(browser: Any, pages: dict[str, Path], which: str, width: int) -> None:
     page, _ = opened(browser, pages[which], width)
     assert page.evaluate("document.documentElement.scrollWidth") <= width, "nothing is cut off to the right"
     boxes = [figure.bounding_box() for figure in page.locator("svg").all()]
-    assert len(boxes) == {"one run": 8, "three runs": 16}[which]
+    assert len(boxes) == {"one run": 8, "interrupted run": 8, "three runs": 16}[which]
     assert all(box and box["width"] > 250 and box["height"] > 60 for box in boxes)
     # A text of 12 units in a box of 400 stays legible.
     smallest = page.evaluate(
@@ -99,6 +104,20 @@ def test_all_modules_open_without_a_script_and_print(browser: Any, pages: dict[s
     assert module.is_visible()
     assert page.evaluate("document.documentElement.scrollWidth") <= WIDTHS["phone"]
     assert page.pdf(format="A4")[:5] == b"%PDF-"
+    page.close()
+
+
+@pytest.mark.parametrize("width", WIDTHS.values(), ids=WIDTHS)
+def test_numbers_of_marks_do_not_run_into_each_other(browser: Any, pages: dict[str, Path], width: int) -> None:
+    page, _ = opened(browser, pages["interrupted run"], width)
+    for figure in page.locator("#course svg").all():
+        boxes = [found for text in ("1", "2-4", "5, 6", "7") if (found := figure.get_by_text(text, exact=True).last)]
+        edges = [box for found in boxes if (box := found.bounding_box())]
+        assert len(edges) == 4
+        assert all(left["x"] + left["width"] < right["x"] for left, right in pairwise(edges))
+    page.get_by_text("Step 21 came to no finite number").click()
+    assert page.get_by_text("row 3").first.is_visible()
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
     page.close()
 
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from qlora_train.train import loop
 from tests.commandline import Outcome, run_cli, write_recipe
 
 
@@ -73,6 +77,41 @@ def test_a_finished_run_with_a_page_can_still_be_asked_to_resume(exported: Path,
     """The page is part of a run folder, not a foreign file."""
     outcome = run_cli("train", exported / "recipe.yaml", "--resume", "eval.every=2")
     assert outcome.code == 0 and "already complete" in outcome.err, outcome.err
+
+
+@pytest.mark.slow
+def test_what_happened_to_a_run_is_on_its_page(
+    tmp_path: Path, tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped by SIGTERM in step 2, gone on with another learning rate, and in step 4 not finite."""
+    recipe = write_recipe(tmp_path, tiny_llama_dir, eval__generate_rows=0, train__checkpointing="full")
+    run, step_of = tmp_path / "run", loop.train_step
+
+    def troubled(causal: Any, *arguments: Any, **options: Any) -> Any:
+        if options["step"] == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if options["step"] == 3:
+            mlp = causal.model.get_submodule("base_model.model.model.layers.1.mlp")
+            mlp.register_forward_hook(lambda _module, _inputs, output: output * float("inf"))
+        return step_of(causal, *arguments, **options)
+
+    def told() -> str:
+        outcome = run_cli("report", run)
+        assert outcome.code == 0, outcome.err
+        return outcome.out + (run / "report.html").read_text(encoding="utf-8")
+
+    monkeypatch.setattr(loop, "train_step", troubled)
+    assert run_cli("train", recipe).code == 128 + signal.SIGTERM
+    shown = told()
+    assert "Stopped by SIGTERM: step 2 of 5" in shown and "SIGTERM: saved" in shown and "Forked" not in shown
+    change = ("--allow-change", "train.learning_rate", "train.learning_rate=0.005")
+    assert run_cli("train", recipe, "--resume", *change).code == 7
+    shown = told()
+    assert "Stopped by a number that is not finite: step 3 of 5" in shown
+    assert "train.learning_rate: 0.01 \N{RIGHTWARDS ARROW} 0.005" in shown
+    assert "marks: 1 at step 2, 2 at step 2, 3 at step 4" in shown
+    assert "the output of model.layers.1.mlp, in micro-batch 1" in shown and "--resume --from 3" in shown
+    assert "&lt;|im_start|&gt;user" in shown and "<|im_start|>" not in shown
 
 
 def test_what_is_no_run_ends_with_the_recipe_code(tmp_path: Path) -> None:
