@@ -22,7 +22,7 @@ MAX_POINTS = 600  # of a line: more are not seen
 SMOOTHED_SHARE = 25  # a mean is over a twenty-fifth of the logged steps
 LOG_SCALE_FROM = 30.0  # gradient norms that differ by this factor
 _MARKERS = "osD^vPX*"
-_TOGETHER = 0.05  # of the width: marks that are nearer share their numbers
+_CHAR = 0.019  # of the width of the axes: a digit of a mark's number
 
 Values = NDArray[np.float64]
 
@@ -111,14 +111,13 @@ def step_axis(drawing: Drawing, marks: Sequence[Mark]) -> None:
     drawing.axes.set_xlabel("step")
     drawing.axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
     drawing.axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
-    for mark in marks:
-        drawing.axes.axvline(mark.step, color=mark.colour, linewidth=0.9, zorder=0.9)
+    for step, colour in dict.fromkeys((mark.step, mark.colour) for mark in marks):
+        drawing.axes.axvline(step, color=colour, linewidth=0.9, zorder=0.9)
     low, high = drawing.axes.get_xlim()
-    for group in beside_each_other(marks, _TOGETHER * (high - low)):
-        middle = (group[0].step + group[-1].step) / 2
+    for group in mark_groups(marks, _CHAR * (high - low)):
         alike = len({mark.colour for mark in group}) == 1
         drawing.axes.text(
-            middle,
+            _middle(group),
             1.02,
             in_few_words([mark.number for mark in group]),
             transform=drawing.axes.get_xaxis_transform(),
@@ -128,15 +127,23 @@ def step_axis(drawing: Drawing, marks: Sequence[Mark]) -> None:
         )
 
 
-def beside_each_other(marks: Sequence[Mark], width: float) -> list[list[Mark]]:
-    """Marks by step, those together that lie no farther than `width` from the first of them."""
+def mark_groups(marks: Sequence[Mark], char_steps: float) -> list[list[Mark]]:
+    """Marks by step, those together whose numbers would run into each other; a character is so many steps wide."""
     groups: list[list[Mark]] = []
     for mark in sorted(marks, key=lambda mark: (mark.step, mark.number)):
-        if groups and mark.step - groups[-1][0].step <= width:
-            groups[-1].append(mark)
-        else:
-            groups.append([mark])
+        groups.append([mark])
+        while len(groups) > 1 and _middle(groups[-1]) - _middle(groups[-2]) < char_steps * _chars_between(groups[-2:]):
+            groups[-2:] = [groups[-2] + groups[-1]]
     return groups
+
+
+def _middle(group: Sequence[Mark]) -> float:
+    return (group[0].step + group[-1].step) / 2
+
+
+def _chars_between(groups: Sequence[Sequence[Mark]]) -> float:
+    """From the middle of one text to that of the next, with a space between."""
+    return 1 + sum(len(in_few_words([mark.number for mark in group])) for group in groups) / 2
 
 
 def in_few_words(numbers: Sequence[int]) -> str:
@@ -182,7 +189,7 @@ def _loss(logged: Sequence[tuple[int, RunFacts]], marks: Sequence[Mark]) -> Char
     drawing.plain_numbers()
     if marks:
         words.append("marks: " + ", ".join(f"{mark.number} at step {mark.step}" for mark in marks))
-    note = _loss_note(logged)
+    note = _loss_note(logged) + (" Upright lines: what happened, by its number below." if marks else "")
     return Chart("Loss", note, drawing.svg("loss", f"Loss over the steps. {'; '.join(words)}"))
 
 

@@ -139,12 +139,22 @@ def _event(group: Sequence[EventLine]) -> Happening:
         most = f"{'up to ' if len(losses) > 1 else ''}{max(losses):.4g}"
         limit = f"; the steps before let expect at most {first.limit:.4g}" if first.limit is not None else ""
         details.append(f"loss {most}{limit}")
-    details += [f"{name.replace('_', ' ')}: {_value(value)}" for name, value in first.others.items()]
-    if rows := first.rows:
-        more = f" and {len(rows) - NAMED} more" if len(rows) > NAMED else ""
-        details.append(f"rows {', '.join(rows[:NAMED])}{more}")
+    figures = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in first.others.items()}
+    details += [f"{name.replace('_', ' ')}: {_value(value)}" for name, value in figures.items()]
+    if first.rows:
+        details.append(_rows(first.rows))
     what = plain(first.what[:1].upper() + first.what[1:])
     return Happening(f"event {first.what}", what, _plain(details), first.step, last.step, is_bad=True)
+
+
+def _rows(rows: Sequence[str]) -> str:
+    """Where rows stand: their numbers, file by file."""
+    numbers: dict[str, list[str]] = {}
+    for row in rows[:NAMED]:
+        path, _, number = row.rpartition(":")
+        numbers.setdefault(path, []).append(number)
+    found = [f"{', '.join(own)} of {path}" if path else ", ".join(own) for path, own in numbers.items()]
+    return f"rows {'; '.join(found)}" + (f"; and {len(rows) - NAMED} more" if len(rows) > NAMED else "")
 
 
 def _resumed(resume: Resume) -> Happening:
@@ -167,13 +177,15 @@ def _value(value: Any) -> str:
 
 
 def _ended(ends: Sequence[End], flight: Flight | None) -> Happening:
-    """An error; several ones that say the same are one."""
+    """An error; several ones that say the same are one. A refusal is of no step: the run stays as it was."""
     end = ends[-1]
-    name = _signal_name(end)
-    what = f"Stopped by {name}" if name else _STOPS.get(end.kind, f"Refused ({end.kind})").capitalize()
     times = [f"{len(ends)} times, last at {end.time:%H:%M}"] if len(ends) > 1 else []
+    details = _plain([*_told(end.problems), *times])
+    if end.kind not in _STOPS:
+        return Happening(f"end {end.kind}", plain(f"Refused ({end.kind})"), details, None, when=end.time)
+    what = f"Stopped by {name}" if (name := _signal_name(end)) else _STOPS[end.kind].capitalize()
     step = flight.step if flight else end.step or None
-    return Happening(f"end {end.kind}", plain(what), _plain([*_told(end.problems), *times]), step, None, end.time, True)
+    return Happening(f"end {end.kind}", what, details, step, when=end.time, is_bad=end.kind != "signal")
 
 
 def _signal_name(end: End) -> str:
@@ -185,9 +197,8 @@ def _signal_name(end: End) -> str:
 def _told(problems: Sequence[Problem]) -> list[str]:
     texts = []
     for problem in problems[:NAMED]:
-        where = f"{problem.where}: " if problem.where else ""
-        fix = f". Fix: {problem.fix}" if problem.fix else ""
-        texts.append(f"{where}{problem.what.rstrip('.')}{fix}")
+        texts.append(f"{problem.where}: {problem.what}" if problem.where else problem.what)
+        texts += [f"Fix: {problem.fix}"] if problem.fix else []
     if len(problems) > NAMED:
         texts.append(f"and {len(problems) - NAMED} more")
     return texts

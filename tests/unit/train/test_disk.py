@@ -52,13 +52,13 @@ def test_what_the_run_wrote_before_is_room(
     report_free(monkeypatch, needed - 1)
     with pytest.raises(
         MachineError,
-        match=r"will hold 1\.0 MiB, and 1\.0 MiB are free .*checkpoints: .*adapter: .*needs 0\.7 MiB more",
+        match=r"will hold 1 MiB, and 1 MiB are free .*checkpoints: .*adapter: .*needs 705 KiB more",
     ):
         refuse_full_disk(recipe, config, run_dir)
     assert not run_dir.root.exists()
     (run_dir.checkpoints / "step-000002").mkdir(parents=True)
     (run_dir.checkpoints / "step-000002" / "x").write_bytes(b"x")
-    assert "an export 0.7 MiB" in str(refuse_full_disk(recipe, config, run_dir)), "which is a warning"
+    assert "an export 705 KiB" in str(refuse_full_disk(recipe, config, run_dir)), "which is a warning"
 
 
 def test_an_export_that_will_not_fit_is_said(
@@ -68,7 +68,7 @@ def test_an_export_that_will_not_fit_is_said(
     needed = sum(term.num_bytes for term in disk_terms_of(recipe, config))
     report_free(monkeypatch, needed - 1)
     notice = refuse_full_disk(recipe, config, run_dir)
-    assert notice is not None and "will hold 1.0 MiB, and an export 0.7 MiB: 1." in notice
+    assert notice is not None and "will hold 1 MiB, and an export 705 KiB: 1.69 MiB" in notice
     report_free(monkeypatch, needed)
     assert refuse_full_disk(recipe, config, run_dir) is None
 

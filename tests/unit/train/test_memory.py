@@ -76,7 +76,7 @@ def test_generation_is_planned_from_above() -> None:
 
 def test_without_a_plan_nothing_is_compared() -> None:
     alone = Phase("training", None, 3 * MIB)
-    assert alone.difference_frac is None and alone.warning() is None and alone.summary() == "training: 3.0 MiB measured"
+    assert alone.difference_frac is None and alone.warning() is None and alone.summary() == "training: 3 MiB measured"
 
 
 def test_a_warning_is_said_and_kept_once(log: MemoryLog, heard: Heard) -> None:
