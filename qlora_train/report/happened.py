@@ -58,7 +58,7 @@ class Happening:
         """The step or the steps as the table shows them."""
         if self.step is None:
             return "-"
-        return f"{self.step:,}" if self.until in (None, self.step) else f"{self.step:,} to {self.until:,}"
+        return f"{self.step:,}" if self.until in (None, self.step) else f"{self.step:,}-{self.until:,}"
 
 
 def numbered(runs: Sequence[RunFacts]) -> list[tuple[Happening, ...]]:

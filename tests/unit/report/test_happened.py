@@ -89,7 +89,7 @@ def test_everything_stands_in_its_order_with_both_sides(own: RunDir) -> None:
         ("10", "Resumed"),
         ("21", "Stopped by a number that is not finite"),
         ("20", "Forked"),
-        ("30 to 31", "Loss spike"),
+        ("30-31", "Loss spike"),
     ]
     assert rows[0].details == (
         "loss 9.5; the steps before let expect at most 2.5",
@@ -196,7 +196,7 @@ def test_of_many_few_are_shown(own: RunDir) -> None:
     spikes = [row for row in rows if row.what == "Loss spike"]
     assert len(spikes) == MOST_OF_A_KIND + 1 == len(rows) - 1
     hidden = spikes[MOST_OF_A_KIND // 2]
-    assert (hidden.steps, hidden.details) == ("13 to 187", ("and 87 more of these",))
+    assert (hidden.steps, hidden.details) == ("13-187", ("and 87 more of these",))
     assert (spikes[0].step, spikes[-1].step) == (1, 199)
 
 
