@@ -1,0 +1,208 @@
+"""`adapter.new_tokens` through the command line: trained, resumed to the bit, exported, served, or refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qlora_train.adapters.updates import VocabularyRows
+from qlora_train.export import tensors as tensors_module
+from tests.commandline import Outcome, run_cli, write_recipe, write_rows
+from tests.tiny import build_tiny_llama, build_tiny_tokenizer
+
+TOKENS = ["<tool>", "</tool>", "<|endoftext|>"]
+TABLES = {"tied": ["model.embed_tokens.weight"], "untied": ["model.embed_tokens.weight", "lm_head.weight"]}
+
+
+def rows(count: int, start: int = 0) -> list[dict[str, Any]]:
+    made = []
+    for index in range(start, start + count):
+        answer = f"<tool>ls {index}</tool> " + "ls " * (index % 4)
+        user = {"role": "user", "content": f"call <tool> number {index}"}
+        made.append({"messages": [user, {"role": "assistant", "content": answer.strip()}]})
+    return made
+
+
+def recipe(folder: Path, model: Path, **changes: Any) -> Path:
+    write_rows(folder / "train.jsonl", rows(20))
+    write_rows(folder / "test.jsonl", rows(6, 100))
+    settings = {"adapter__new_tokens": TOKENS, "train__weight_decay": 0.1, **changes}
+    return write_recipe(folder, model, **settings)
+
+
+@pytest.fixture(scope="module", params=["tied", "untied"])
+def kind(request: pytest.FixtureRequest) -> str:
+    """Tied with rows to spare; untied without, so that both tables grow."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def model_dir(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    sizes = {} if kind == "tied" else {"vocab_size": len(build_tiny_tokenizer())}
+    return build_tiny_llama(tmp_path_factory.mktemp(kind) / "llama", tie=kind == "tied", **sizes)
+
+
+@pytest.fixture(scope="module")
+def trained(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome]:
+    folder = tmp_path_factory.mktemp("new_tokens")
+    return folder, run_cli("train", recipe(folder, model_dir), "--json")
+
+
+def test_check_names_the_tokens_and_shows_each_as_one(kind: str, model_dir: Path, tmp_path: Path) -> None:
+    path = recipe(tmp_path, model_dir)
+    outcome = run_cli("check", path)
+    said = " ".join(outcome.out.split())
+    assert outcome.code == 0, outcome.err
+    assert "new tokens: <tool> " in said and "(added)" in said and "<|endoftext|> 0" in said
+    assert "[<tool>]" in said and "[</tool>]" in said, "each is one token, and trained in answers"
+    assert ("gets 2 more" in said) == (kind == "untied")
+    assert "<|endoftext|> occurs in none of the training rows" in said
+    deep = run_cli("check", path, "--deep")
+    assert deep.code == 0, deep.err
+
+
+def test_rows_are_trained_and_the_run_folder_holds_them(
+    kind: str, trained: tuple[Path, Outcome], model_dir: Path
+) -> None:
+    folder, outcome = trained
+    assert outcome.code == 0, outcome.err
+    result = json.loads(outcome.out)
+    assert result["adapter"]["loss"] < result["base"]["loss"]
+    adapter = folder / "run" / "adapter"
+    stored = load_file(adapter / "adapter_model.safetensors")
+    found = {name for name in stored if "trainable_tokens" in name}
+    assert len(found) == len(TABLES[kind])
+    assert {tuple(stored[name].shape) for name in found} == {(3, 128)}
+    ids = AutoTokenizer.from_pretrained(adapter)("<tool>ls</tool>", add_special_tokens=False)["input_ids"]
+    assert ids[0] == len(build_tiny_tokenizer()) and ids[-1] == ids[0] + 1
+    plan, measured = result["planned_memory_bytes"], result["measured_memory_bytes"]
+    assert measured == pytest.approx(plan, rel=0.1)
+    base = load_file(model_dir / "model.safetensors")["model.embed_tokens.weight"]
+    own = stored["base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"]
+    start = torch.stack([base[0].float(), *[base.float().mean(0)] * 2])
+    assert (own - start).abs().amax(1)[1:].min() > 1e-3, "the new rows moved"
+    # `<|endoftext|>` is never read: only a tied row moves, by the head's share of its gradient; decay would show.
+    assert ((own - start)[0].abs().max() == 0) == (kind == "untied")
+
+
+def test_a_resumed_run_is_the_straight_one_to_the_bit(
+    trained: tuple[Path, Outcome], model_dir: Path, tmp_path: Path
+) -> None:
+    again = recipe(tmp_path, model_dir)
+    shutil.copytree(trained[0] / "run", tmp_path / "run")
+    outcome = run_cli("train", again, "--resume", "--from", "2", "--json")
+    assert outcome.code == 0, outcome.err
+    name = "adapter_model.safetensors"
+    ours, theirs = ((folder / "run" / "adapter" / name).read_bytes() for folder in (trained[0], tmp_path))
+    assert ours == theirs
+    other = run_cli("train", again, "--resume", "--from", "2", 'adapter.new_tokens=["<tool>", "</tool>"]')
+    assert other.code == 5 and "adapter.new_tokens" in other.err
+
+
+def test_eval_and_chat_use_the_same_tokens_and_rows(trained: tuple[Path, Outcome]) -> None:
+    folder, outcome = trained
+    again = run_cli("eval", folder / "run", "--json")
+    assert again.code == 0, again.err
+    for side in ("base", "adapter"):
+        stored = json.loads(outcome.out)[side]["loss"]
+        assert json.loads(again.out)[side]["loss"] == pytest.approx(stored, rel=1e-6), side
+    chat = run_cli("chat", folder / "run", "--once", "call <tool>", "--max-new-tokens", "4")
+    assert chat.code == 0, chat.err
+
+
+def test_the_export_has_the_rows_and_the_tokens(
+    kind: str, trained: tuple[Path, Outcome], model_dir: Path, tmp_path: Path
+) -> None:
+    target = tmp_path / "merged"
+    outcome = run_cli("export", trained[0] / "run", target, "export.verify=whole", "--json")
+    assert outcome.code == 0, outcome.err
+    base, merged = (load_file(folder / "model.safetensors") for folder in (model_dir, target))
+    stored = load_file(trained[0] / "run" / "adapter" / "adapter_model.safetensors")
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    ids = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<tool>", "</tool>"])
+    assert base.keys() == merged.keys()
+    for name in TABLES[kind]:
+        rows = stored[f"base_model.model.{name.removesuffix('.weight')}.token_adapter.trainable_tokens_delta"]
+        assert torch.equal(merged[name][ids], rows.to(torch.bfloat16)), name
+        others = [number for number in range(len(base[name])) if number not in ids]
+        assert torch.equal(merged[name][others], base[name][others]), name
+    config = json.loads((target / "config.json").read_text())
+    assert config["vocab_size"] == len(merged["model.embed_tokens.weight"])
+    assert config["vocab_size"] == (512 if kind == "tied" else ids[-1] + 1), "never padded"
+    model, info = AutoModelForCausalLM.from_pretrained(target, output_loading_info=True)
+    assert not any(info.values())
+    assert model(input_ids=torch.tensor([ids])).logits.shape[-1] == config["vocab_size"]
+    assert json.loads(outcome.out)["verdict"]["worst_layer"]["ratio"] < 1.5
+    layers = run_cli("export", trained[0] / "run", tmp_path / "layers", "export.verify=layers", "--json")
+    assert layers.code == 0, layers.err
+    one, other = (json.loads(each.out)["verdict"] for each in (outcome, layers))
+    for side in ("merged", "adapter_off"):
+        assert one[side]["mean_kl"] == pytest.approx(other[side]["mean_kl"], rel=1e-3, abs=1e-8), side
+
+
+def test_rows_that_are_not_merged_are_caught(
+    trained: tuple[Path, Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one token, and by a little: the mean over tokens would not show it."""
+    real = tensors_module.read_updates
+
+    def spoiled(folder: Path) -> dict[str, Any]:
+        updates = dict(real(folder))
+        table = updates["model.embed_tokens.weight"]
+        assert isinstance(table, VocabularyRows)
+        moved = table.rows.clone()
+        moved[1] *= 0.98
+        return {**updates, "model.embed_tokens.weight": replace(table, rows=moved)}
+
+    monkeypatch.setattr(tensors_module, "read_updates", spoiled)
+    outcome = run_cli("export", trained[0] / "run", tmp_path / "x", "export.verify_rows=2")
+    assert outcome.code == 4 and "model.embed_tokens.weight by itself is off by" in outcome.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["lora", "gguf-lora", "nf4-lora"])
+def test_formats_of_an_adapter_alone_are_refused(name: str, trained: tuple[Path, Outcome], tmp_path: Path) -> None:
+    outcome = run_cli("export", trained[0] / "run", tmp_path / "x", "--format", name)
+    assert outcome.code == 4 and "trains the rows of 3 tokens" in outcome.err and list(tmp_path.iterdir()) == []
+
+
+def test_gguf_carries_the_tokens(trained: tuple[Path, Outcome], tmp_path: Path) -> None:
+    from gguf import GGUFReader
+
+    outcome = run_cli("export", trained[0] / "run", tmp_path / "x", "--format", "gguf-f16")
+    assert outcome.code == 0, outcome.err
+    reader = GGUFReader(next((tmp_path / "x").glob("*.gguf")))
+    tokens = reader.get_field("tokenizer.ggml.tokens").contents()
+    types = reader.get_field("tokenizer.ggml.token_type").contents()
+    kinds = {text: types[tokens.index(text)] for text in TOKENS}
+    assert kinds["<tool>"] == kinds["</tool>"] == 4 and kinds["<|endoftext|>"] == 3, "user-defined; control"
+    table = next(tensor for tensor in reader.tensors if tensor.name == "token_embd.weight")
+    assert table.data.shape[0] == len(tokens) == reader.get_field("llama.vocab_size").contents()
+
+
+@pytest.mark.parametrize(
+    ("keys", "code", "words"),
+    [
+        ({"new_tokens": [""]}, 2, "adapter.new_tokens"),
+        ({"new_tokens": ["<a>", "<a>"]}, 2, "adapter.new_tokens: '<a>' is given twice"),
+        ({"new_tokens": [" <a>"]}, 2, "begins or ends with white space"),
+        ({"new_tokens": ["<a>"], "embeddings": True}, 2, "adapts the same rows"),
+        ({"new_tokens": ["<a>"], "method": "dora"}, 2, "adapter.new_tokens has no effect: adapter.method is dora"),
+        ({"new_tokens": ["xylophones"]}, 4, "'xylophones' is an ordinary word, which the tokenizer writes as"),
+    ],
+    ids=str,
+)
+def test_what_makes_no_sense_is_one_clear_error(
+    keys: dict[str, Any], code: int, words: str, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    changes = {f"adapter__{key}": value for key, value in keys.items()}
+    outcome = run_cli("check", recipe(tmp_path, tiny_llama_dir, **changes))
+    assert outcome.code == code and words in " ".join(outcome.err.split()), outcome.err
