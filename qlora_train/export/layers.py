@@ -226,7 +226,8 @@ def _used_rows(weights: Weights, name: str, model: nn.Module, batches: Sequence[
     table = torch.from_numpy(np.zeros(tuple(shape), dtype=np.float32))
     used = torch.cat([batch.input_ids.reshape(-1) for batch in batches]).unique()
     for start in range(0, shape[0], ROWS_AT_A_TIME):
-        here = used[(used >= start) & (used < start + ROWS_AT_A_TIME)]
+        stop = min(start + ROWS_AT_A_TIME, shape[0])
+        here = used[(used >= start) & (used < stop)]  # a new token may have no row in the table
         if len(here):
-            table[here] = weights.rows(name, start, min(start + ROWS_AT_A_TIME, shape[0])).cpu()[here - start]
+            table[here] = weights.rows(name, start, stop).cpu()[here - start]
     return table
