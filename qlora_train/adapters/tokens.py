@@ -144,7 +144,7 @@ def token_layer(module: nn.Module) -> TokenLayer | None:
     return layer if isinstance(layer, TokenLayer) else None
 
 
-def tables_of(model: Any) -> dict[str, nn.Module]:
+def tables_of(model: Any) -> dict[str, Any]:
     """Embedding and output head by name; the embedding alone where they are tied."""
     modules = {id(module): name for name, module in model.named_modules()}
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -189,7 +189,7 @@ def build_peft_model(model: nn.Module, config: AdapterConfig) -> PeftModel:
     asked: TokenIds = wanted if isinstance(wanted, dict) else {next(iter(tables_of(model))): wanted}
     tables = tables_of(model)
     asked = {_full_name(name, tables): ids for name, ids in asked.items()}
-    last = {name: tables[name].weight.shape[0] - 1 for name in asked}  # type: ignore[union-attr, operator]
+    last = {name: tables[name].weight.shape[0] - 1 for name in asked}
     config.trainable_token_indices = {n: [min(number, last[n]) for number in ids] for n, ids in asked.items()}
     peft_model = get_peft_model(model, register_layers(config))
     config.trainable_token_indices = wanted
@@ -197,7 +197,7 @@ def build_peft_model(model: nn.Module, config: AdapterConfig) -> PeftModel:
     return peft_model
 
 
-def _full_name(name: str, tables: Mapping[str, nn.Module]) -> str:
+def _full_name(name: str, tables: Mapping[str, Any]) -> str:
     """The table that a name of PEFT's config means: its own name, or the end of it."""
     for full_name in tables:
         if full_name == name or full_name.endswith(f".{name}"):

@@ -15,6 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_train.adapters.updates import VocabularyRows
 from qlora_train.export import tensors as tensors_module
+from qlora_train.memory.estimate import Request, Shallow
+from qlora_train.memory.formula import formula_costs
+from qlora_train.model.skeleton import load_config
+from qlora_train.model.source import Source
+from qlora_train.recipe.load import load_recipe
 from tests.commandline import Outcome, run_cli, write_recipe, write_rows
 from tests.tiny import build_tiny_llama, build_tiny_tokenizer
 
@@ -39,7 +44,7 @@ def recipe(folder: Path, model: Path, **changes: Any) -> Path:
     return write_recipe(folder, model, **settings)
 
 
-@pytest.fixture(scope="module", params=["tied", "untied"])
+@pytest.fixture(scope="module", params=["tied", pytest.param("untied", marks=pytest.mark.slow)])
 def kind(request: pytest.FixtureRequest) -> str:
     """Tied with rows to spare; untied without, so that both tables grow."""
     return str(request.param)
@@ -66,8 +71,21 @@ def test_check_names_the_tokens_and_shows_each_as_one(kind: str, model_dir: Path
     assert "[<tool>]" in said and "[</tool>]" in said, "each is one token, and trained in answers"
     assert ("gets 2 more" in said) == (kind == "untied")
     assert "<|endoftext|> occurs in none of the training rows" in said
-    deep = run_cli("check", path, "--deep")
+
+
+@pytest.mark.slow
+def test_a_deep_check_measures_the_rows_gradients(kind: str, model_dir: Path, tmp_path: Path) -> None:
+    deep = run_cli("check", recipe(tmp_path, model_dir), "--deep", "--json")
     assert deep.code == 0, deep.err
+    found = {one["what"]: one["measured"] for one in json.loads(deep.out)["findings"] if "new tokens" in one["what"]}
+    # `<|endoftext|>` is read nowhere; every row of a head is reached.
+    expected = {"gradient of new tokens in model.embed_tokens": "in 3 of 3 rows"}
+    if kind == "untied":
+        expected = {
+            "gradient of new tokens in model.embed_tokens": "in 2 of 2 rows",
+            "gradient of new tokens in lm_head": "in 3 of 3 rows",
+        }
+    assert found == expected
 
 
 def test_rows_are_trained_and_the_run_folder_holds_them(
@@ -94,6 +112,7 @@ def test_rows_are_trained_and_the_run_folder_holds_them(
     assert ((own - start)[0].abs().max() == 0) == (kind == "untied")
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_straight_one_to_the_bit(
     trained: tuple[Path, Outcome], model_dir: Path, tmp_path: Path
 ) -> None:
@@ -142,7 +161,15 @@ def test_the_export_has_the_rows_and_the_tokens(
     assert not any(info.values())
     assert model(input_ids=torch.tensor([ids])).logits.shape[-1] == config["vocab_size"]
     assert json.loads(outcome.out)["verdict"]["worst_layer"]["ratio"] < 1.5
-    layers = run_cli("export", trained[0] / "run", tmp_path / "layers", "export.verify=layers", "--json")
+
+
+@pytest.mark.slow
+def test_layers_and_whole_come_to_the_same_verdict(trained: tuple[Path, Outcome], tmp_path: Path) -> None:
+    outcome, layers = (
+        run_cli("export", trained[0] / "run", tmp_path / how, f"export.verify={how}", "--json")
+        for how in ("whole", "layers")
+    )
+    assert outcome.code == 0, outcome.err
     assert layers.code == 0, layers.err
     one, other = (json.loads(each.out)["verdict"] for each in (outcome, layers))
     for side in ("merged", "adapter_off"):
@@ -175,6 +202,7 @@ def test_formats_of_an_adapter_alone_are_refused(name: str, trained: tuple[Path,
     assert outcome.code == 4 and "trains the rows of 3 tokens" in outcome.err and list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_gguf_carries_the_tokens(trained: tuple[Path, Outcome], tmp_path: Path) -> None:
     from gguf import GGUFReader
 
@@ -207,3 +235,45 @@ def test_what_makes_no_sense_is_one_clear_error(
     changes = {f"adapter__{key}": value for key, value in keys.items()}
     outcome = run_cli("check", recipe(tmp_path, tiny_llama_dir, **changes))
     assert outcome.code == code and words in " ".join(outcome.err.split()), outcome.err
+
+
+@pytest.mark.slow
+def test_whoever_reads_an_adapter_knows_the_rows(kind: str, trained: tuple[Path, Outcome], tmp_path: Path) -> None:
+    run = trained[0] / "run"
+    info = run_cli("adapter", "info", run)
+    assert info.code == 0, info.err
+    for name in TABLES[kind]:
+        assert f"3 rows of new tokens in {name.removesuffix('.weight')}" in " ".join(info.out.split())
+    analysis = run_cli("analyze", run)
+    assert analysis.code == 0, analysis.err
+    assert "the rows of new tokens in " in " ".join(analysis.out.split())
+    report = run_cli("report", run, "--out", tmp_path / "page.html")
+    assert report.code == 0, report.err
+    fold = run_cli("adapter", "fold", run, tmp_path / "folded")
+    assert fold.code == 4 and "trains the rows of 3 tokens" in fold.err
+    both = run_cli("chat", run, "--adapter", run, "--once", "x")
+    assert both.code == 4 and "a tokenizer of its own" in both.err
+
+
+@pytest.mark.slow
+def test_4_bit_formats_hold_the_rows(trained: tuple[Path, Outcome], tmp_path: Path) -> None:
+    """Embedding and head stay bfloat16 in both; what 4 bits cost the layers is accepted here."""
+    for name in ("nf4", "w4a16"):
+        outcome = run_cli("export", trained[0] / "run", tmp_path / name, "--format", name, "export.max_kl=50")
+        if outcome.code:  # nothing of the training is left: refused with the figures, after it was read back
+            assert outcome.code == 4 and "nothing of the training is left" in outcome.err, outcome.err
+            continue
+        stored = load_file(tmp_path / name / "model.safetensors")["model.embed_tokens.weight"]
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        assert config["vocab_size"] == len(stored)
+
+
+def test_the_plan_counts_the_rows(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    config = load_config(Source("tiny", tiny_llama_dir))
+    counts = []
+    for texts in ([], [f"<{number}>" for number in range(64)]):
+        settings = load_recipe(recipe(tmp_path, tiny_llama_dir, adapter__new_tokens=texts)).recipe
+        request = Request(settings, config, "cpu")
+        counts.append(Shallow(request).num_trainable)
+        assert formula_costs(replace(request, device="cuda")) is None or not texts, "the formula does not know them"
+    assert counts[1] - counts[0] == 64 * 128, "tied: one row for both tables"

@@ -13,13 +13,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from qlora_train.adapters.attach import attach_adapter
-from qlora_train.adapters.tokens import NewTokens, token_layers
+from qlora_train.adapters.tokens import NewTokens, TokenLayer, token_layers
 from qlora_train.data.loader import MicroBatch, collate
 from qlora_train.data.table import TokenRow, TokenTable
 from qlora_train.loss import TrainedRows, linear_cross_entropy_sum
 from qlora_train.model.causal import CausalModel
 from qlora_train.recipe.schema import AdapterSection
 from tests.loading import tiny_base
+from tests.packs import tiny_model
 from tests.tiny import VOCAB_SIZE, build_tiny_llama
 
 N, H, V = 37, 64, 200
@@ -146,3 +147,21 @@ def test_gradients_of_a_model_s_rows_equal_a_dense_model_s(tie: bool, ids: tuple
         assert bool((own.abs().amax(1) > 1e-3).all()), "each row is reached"
         # Sums over 42 tokens in another order than the dense model's.
         torch.testing.assert_close(own, table.weight.grad[list(ids)], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_an_embedding_with_rows_is_peft_s(family: str) -> None:
+    """Gemma scales what it reads; the rows are scaled like the table's. PEFT copies the table instead."""
+    base = tiny_model(family)
+    tokens = NewTokens(("<a>", "<b>"), (5, 300), (False, False))
+    section = AdapterSection(r=4, alpha=8.0, new_tokens=tokens.texts)
+    layer = next(iter(token_layers(attach_adapter(base, section, 0, base_name="tiny", tokens=tokens)).values()))
+    rows: Any = layer.trainable_tokens_delta["default"]
+    nn.init.normal_(rows)
+    ids, weights = torch.tensor([[5, 7, 300, 5], [511, 0, 5, 300]]), torch.randn(2, 4, 128)
+    found = {}
+    for forward in (layer.forward, super(TokenLayer, layer).forward):
+        out = forward(ids)
+        found[forward] = out, *torch.autograd.grad((out * weights).sum(), rows)
+    for ours, theirs in zip(*found.values(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,14 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def is_tied(folder: Path) -> bool:
     return bool(json.loads((folder / CONFIG.replace("adapter_", "")).read_text())["tie_word_embeddings"])
+
+
+@pytest.fixture(scope="module")
+def saved(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter of rows 5 and 300, every tensor of it moved."""
+    path = tmp_path_factory.mktemp("saved")
+    save_adapter(shaken(attached(folder)), path)
+    return path
 
 
 def attached(
@@ -101,13 +110,11 @@ def test_the_mean_is_that_of_the_whole_table() -> None:
     torch.testing.assert_close(mean_row(table.split(7)), table.float().mean(0), rtol=1e-5, atol=1e-7)
 
 
-def test_plain_peft_computes_the_same_from_the_folder(folder: Path, tmp_path: Path) -> None:
-    model = shaken(attached(folder))
+def test_plain_peft_computes_the_same_from_the_folder(folder: Path, saved: Path) -> None:
+    model = load_adapter(tiny_base(folder).model, saved).eval()
     ours = logits(model)
-    save_adapter(model, tmp_path)
-    again = logits(load_adapter(tiny_base(folder).model, tmp_path).eval())
-    theirs = logits(PeftModel.from_pretrained(tiny_base(folder).model, str(tmp_path)).eval())
-    assert torch.equal(again, ours)
+    assert torch.equal(ours, logits(shaken(attached(folder)))), "what is loaded is what was saved"
+    theirs = logits(PeftModel.from_pretrained(tiny_base(folder).model, str(saved)).eval())
     torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
     base = logits(tiny_base(folder).model)
     with model.disable_adapter():
@@ -139,21 +146,21 @@ def test_rows_that_the_table_lacks_follow_its_last(folder: Path, tmp_path: Path)
     assert update.shape_from((VOCAB_SIZE - 1, 128)) is None and update.shape_from((VOCAB_SIZE, 64)) is None
 
 
-def test_what_has_no_place_for_the_rows_says_so(folder: Path, tmp_path: Path) -> None:
-    save_adapter(attached(folder), tmp_path)
+def test_what_has_no_place_for_the_rows_says_so(saved: Path) -> None:
     with pytest.raises(ModelError, match="trains the rows of 2 tokens"):
-        read_deltas(tmp_path)
+        read_deltas(saved)
 
 
-def test_going_on_needs_the_same_tokens(folder: Path, tmp_path: Path) -> None:
-    model = shaken(attached(folder))
-    save_adapter(model, tmp_path)
-    assert torch.equal(logits(attached(folder, init_from=tmp_path).eval()), logits(model))
+def test_going_on_needs_the_same_tokens(folder: Path, saved: Path) -> None:
+    going_on = attached(folder, init_from=saved)
+    own = next(layer for layer in token_layers(going_on).values()).trained()
+    assert own is not None and own.rows_RH.requires_grad
+    assert torch.equal(own.rows_RH, read_updates(saved)["model.embed_tokens.weight"].rows)  # type: ignore[attr-defined]
     with pytest.raises(ModelError, match=r"new_tokens is the ids \[5, 300\] there and none here"):
-        section = AdapterSection(r=4, alpha=8.0, init_from=tmp_path)
+        section = AdapterSection(r=4, alpha=8.0, init_from=saved)
         attach_adapter(tiny_base(folder).model, section, 0, base_name="tiny")
     with pytest.raises(ModelError, match=r"the ids \[5, 300\] there and the ids \[5, 7\] here"):
-        attached(folder, (5, 7), init_from=tmp_path)
+        attached(folder, (5, 7), init_from=saved)
 
 
 @pytest.mark.parametrize(
@@ -168,8 +175,10 @@ def test_going_on_needs_the_same_tokens(folder: Path, tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_a_config_that_tells_another_story_is_refused(value: Any, words: str, folder: Path, tmp_path: Path) -> None:
-    save_adapter(attached(folder), tmp_path)
+def test_a_config_that_tells_another_story_is_refused(
+    value: Any, words: str, folder: Path, saved: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
     path = tmp_path / CONFIG
     data = json.loads(path.read_text())
     whole = value if value is None or is_tied(folder) or "names" not in words else {**value, "lm_head": [5, 300]}
