@@ -89,7 +89,7 @@ class AdapterSection(Section):
     new_tokens: tuple[Name, ...] = Field(
         (),
         description="lora, rslora: tokens to train a row for, in the embedding and the head, beside the adapter: "
-        '["<tool>", "</tool>"]. Those that the tokenizer knows train the row they have; others are added to it, each '
+        '`["<tool>", "</tool>"]`. Those that the tokenizer knows train the row they have; others are added to it, each '
         "one id wherever it stands in the rows.",
     )
     structure: Literal["shim", "icfm", "ctcm", "dtsm"] = Field(

@@ -65,7 +65,7 @@ def test_bfloat16_sums_the_gradient_of_rows_in_float32() -> None:
     assert (found - wanted).norm() < 2**-8 * wanted.norm()
 
 
-def test_nothing_of_the_table_s_size_is_made() -> None:
+def test_no_tensor_is_as_large_as_the_table() -> None:
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Largest(TorchDispatchMode):
