@@ -166,15 +166,19 @@ def indices_for(model: Any, tokens: NewTokens) -> TokenIds:
             "head with trained rows",
             fix="leave adapter.new_tokens out for this model",
         )
-    num_rows, ids = table.weight.shape[0], tokens.sorted_ids
+    _refuse_gap(tokens.sorted_ids, table.weight.shape[0])
+    return dict.fromkeys(tables_of(model), tokens.sorted_ids)
+
+
+def _refuse_gap(ids: Sequence[int], num_rows: int) -> None:
+    """ModelError unless the ids that a table has no rows for follow its last."""
     new = [number for number in ids if number >= num_rows]
     if new != list(range(num_rows, num_rows + len(new))):
         raise ModelError(
             f"adapter.new_tokens: the model's embedding has {num_rows:,} rows, and the tokens have the ids "
-            f"{', '.join(f'{number:,}' for number in new)}: the ids before them have no rows either",
+            f"{', '.join(f'{number:,}' for number in new[:8])}: ids before them have no rows either",
             fix="name tokens that the tokenizer knows and the model has rows for",
         )
-    return {name: list(ids) for name in tables_of(model)}
 
 
 def build_peft_model(model: nn.Module, config: AdapterConfig) -> PeftModel:
@@ -190,6 +194,8 @@ def build_peft_model(model: nn.Module, config: AdapterConfig) -> PeftModel:
     tables = tables_of(model)
     asked = {_full_name(name, tables): ids for name, ids in asked.items()}
     last = {name: tables[name].weight.shape[0] - 1 for name in asked}
+    for name, ids in asked.items():
+        _refuse_gap(ids, last[name] + 1)
     config.trainable_token_indices = {n: [min(number, last[n]) for number in ids] for n, ids in asked.items()}
     peft_model = get_peft_model(model, register_layers(config))
     config.trainable_token_indices = wanted

@@ -14,6 +14,7 @@ from qlora_train.errors import ModelError, Problem
 
 _SHOWN = 6  # pieces of a word
 _ROWS_AT_ONCE = 4096
+LOOKED_AT = 100_000  # rows, where a token comes in none of them
 
 
 def add_new_tokens(tokenizer: Any, texts: Sequence[str]) -> NewTokens | None:
@@ -57,10 +58,11 @@ def describe(tokens: NewTokens, num_rows: int) -> str:
 
 
 def unused_tokens(table: TokenTable, tokens: NewTokens) -> list[str]:
-    """Those that occur in no row of the table. Reads rows until all were seen; every one where a token has none."""
+    """Those that occur in none of the first LOOKED_AT rows of the table. Reads rows until all were seen."""
     wanting = dict(zip(tokens.ids, tokens.texts, strict=True))
-    for start in range(0, table.num_rows, _ROWS_AT_ONCE):
-        rows = table.rows(range(start, min(start + _ROWS_AT_ONCE, table.num_rows)))
+    num_rows = min(table.num_rows, LOOKED_AT)
+    for start in range(0, num_rows, _ROWS_AT_ONCE):
+        rows = table.rows(range(start, min(start + _ROWS_AT_ONCE, num_rows)))
         for number in np.unique(np.concatenate([row.ids for row in rows])).tolist():
             wanting.pop(number, None)
         if not wanting:

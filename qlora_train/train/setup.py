@@ -48,7 +48,7 @@ from qlora_train.model.start import (
     start_from_inputs,
     start_from_weights,
 )
-from qlora_train.model.tokens import add_new_tokens, unused_tokens
+from qlora_train.model.tokens import LOOKED_AT, add_new_tokens, unused_tokens
 from qlora_train.model.tokens import describe as describe_tokens
 from qlora_train.recipe.schema import Recipe
 from qlora_train.train.disk import refuse_full_disk
@@ -82,8 +82,10 @@ class Inputs:
         """New tokens of which nothing can be learned."""
         if self.tokens is None or not (unused := unused_tokens(self.train.table, self.tokens)):
             return None
-        verb = "occurs" if len(unused) == 1 else "occur"
-        return f"adapter.new_tokens: {', '.join(unused)} {verb} in none of the training rows"
+        verb, first = "occurs" if len(unused) == 1 else "occur", ""
+        if self.train.table.num_rows > LOOKED_AT:
+            first = f"first {LOOKED_AT:,} "
+        return f"adapter.new_tokens: {', '.join(unused)} {verb} in none of the {first}training rows"
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from qlora_train.memory.formula import formula_costs
 from qlora_train.model.skeleton import load_config
 from qlora_train.model.source import Source
 from qlora_train.recipe.load import load_recipe
+from tests.clients import llama_cpp
 from tests.commandline import Outcome, run_cli, write_recipe, write_rows
 from tests.tiny import build_tiny_llama, build_tiny_tokenizer
 
@@ -161,6 +162,11 @@ def test_the_export_has_the_rows_and_the_tokens(
     assert not any(info.values())
     assert model(input_ids=torch.tensor([ids])).logits.shape[-1] == config["vocab_size"]
     assert json.loads(outcome.out)["verdict"]["worst_layer"]["ratio"] < 1.5
+    assert "`<tool>`, `</tool>`" in (target / "README.md").read_text()
+    messages = [{"role": "user", "content": "call <tool> number 3"}]
+    asked = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    said = model.generate(torch.tensor([asked]), max_new_tokens=1, do_sample=False)[0, len(asked) :].tolist()
+    print(said, ids)
 
 
 @pytest.mark.slow
@@ -277,3 +283,28 @@ def test_the_plan_counts_the_rows(tiny_llama_dir: Path, tmp_path: Path) -> None:
         counts.append(Shallow(request).num_trainable)
         assert formula_costs(replace(request, device="cuda")) is None or not texts, "the formula does not know them"
     assert counts[1] - counts[0] == 64 * 128, "tied: one row for both tables"
+
+
+@pytest.mark.slow
+def test_what_to_merge_onto_is_measured_with_the_rows(trained: tuple[Path, Outcome], tmp_path: Path) -> None:
+    outcome = run_cli("export", trained[0] / "run", tmp_path / "auto", "export.base=auto", "--json")
+    assert outcome.code == 0, outcome.err
+    found = {one["onto"]: one["distance"]["mean_kl"] for one in json.loads(outcome.out)["choice"]["candidates"]}
+    assert found["dequantized"] < 0.01 * found["original"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not llama_cpp.AVAILABLE, reason="needs xllamacpp (uv sync --group serve)")
+def test_llama_cpp_reads_the_tokens_and_computes_with_the_rows(trained: tuple[Path, Outcome], tmp_path: Path) -> None:
+    outcome = run_cli("export", trained[0] / "run", tmp_path / "x", "--format", "gguf-f32")
+    assert outcome.code == 0, outcome.err
+    assert run_cli("export", trained[0] / "run", tmp_path / "merged", "export.export_dtype=float32").code == 0
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    text = "x <tool>ls 3</tool> y"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    with llama_cpp.LlamaServer(next((tmp_path / "x").glob("*.gguf")), exact=True, context=256) as server:
+        assert server.tokenize(text) == server.tokenize(text, parse_special=False) == ids
+        served = torch.tensor(server.log_probabilities(ids, model.config.vocab_size), dtype=torch.float64)
+        wanted = model(input_ids=torch.tensor([ids])).logits[0, -1].double().log_softmax(-1)
+        assert float((wanted.exp() * (wanted - served)).sum()) < 2e-6

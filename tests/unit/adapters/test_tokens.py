@@ -188,7 +188,7 @@ def test_a_config_that_tells_another_story_is_refused(
 
 
 def test_gaps_and_heads_with_a_bias_are_refused(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="the ids before them have no rows either"):
+    with pytest.raises(ModelError, match="ids before them have no rows either"):
         attached(folder, (5, VOCAB_SIZE + 1), (False, True))
     neox = tiny_base(build_tiny_neox(tmp_path / "neox"), quant_type="none").model
     neox.lm_head.bias = nn.Parameter(torch.zeros(VOCAB_SIZE), requires_grad=False)
