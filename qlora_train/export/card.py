@@ -130,10 +130,8 @@ ids that training gave them, and that this tokenizer gives them too: hold your s
 
 def _token_words(run: FinishedRun) -> str:
     """The tokens whose rows were trained."""
-    shown = (
-        "".join(char for char in text if char.isprintable() and char != "`") for text in run.recipe.adapter.new_tokens
-    )
-    names = ", ".join(f"`{text}`" for text in shown)
+    texts = run.recipe.adapter.new_tokens
+    names = ", ".join("`" + "".join(c for c in text if c.isprintable() and c != "`") + "`" for text in texts)
     return f" Tokens with rows that were trained: {names}." if names else ""
 
 

@@ -166,7 +166,8 @@ def test_the_export_has_the_rows_and_the_tokens(
     messages = [{"role": "user", "content": "call <tool> number 3"}]
     asked = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
     said = model.generate(torch.tensor([asked]), max_new_tokens=1, do_sample=False)[0, len(asked) :].tolist()
-    print(said, ids)
+    assert said[0] in ids[1:], "an answer begins with a new token, as all that it was trained on do"
+    assert tokenizer.decode(said, skip_special_tokens=True) in TOKENS
 
 
 @pytest.mark.slow
@@ -202,7 +203,9 @@ def test_rows_that_are_not_merged_are_caught(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["lora", "gguf-lora", "nf4-lora"])
+@pytest.mark.parametrize(
+    "name", ["lora", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gguf-lora", "nf4-lora"))]
+)
 def test_formats_of_an_adapter_alone_are_refused(name: str, trained: tuple[Path, Outcome], tmp_path: Path) -> None:
     outcome = run_cli("export", trained[0] / "run", tmp_path / "x", "--format", name)
     assert outcome.code == 4 and "trains the rows of 3 tokens" in outcome.err and list(tmp_path.iterdir()) == []
