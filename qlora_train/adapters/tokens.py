@@ -21,7 +21,8 @@ from qlora_train.errors import ModelError
 from qlora_train.loss import TrainedRows, head_logits
 from qlora_train.names import PEFT_PREFIX
 
-# The largest value of a row that was never trained, as those of reserved tokens in some bases (Llama 3's are 1e-23).
+# The largest value of an embedding's row that was never trained: of reserved tokens, such as <|eot_id|> in the base of
+# Llama 3, whose values are about 1e-23. The bound that Unsloth and Axolotl have for it.
 NEVER_TRAINED = 1e-16
 _BLOCK_ROWS = 4096  # of a table that is averaged
 # Ids by the name of the module whose rows they are, as PEFT's `trainable_token_indices` has them.
@@ -190,9 +191,9 @@ def build_peft_model(model: nn.Module, config: AdapterConfig) -> PeftModel:
     wanted = config.trainable_token_indices
     if wanted is None:
         return get_peft_model(model, register_layers(config))
-    asked: TokenIds = wanted if isinstance(wanted, dict) else {next(iter(tables_of(model))): wanted}
     tables = tables_of(model)
-    asked = {_full_name(name, tables): ids for name, ids in asked.items()}
+    named: TokenIds = wanted if isinstance(wanted, dict) else {next(iter(tables)): wanted}
+    asked = {_full_name(name, tables): ids for name, ids in named.items()}
     last = {name: tables[name].weight.shape[0] - 1 for name in asked}
     for name, ids in asked.items():
         _refuse_gap(ids, last[name] + 1)
@@ -200,6 +201,9 @@ def build_peft_model(model: nn.Module, config: AdapterConfig) -> PeftModel:
     peft_model = get_peft_model(model, register_layers(config))
     config.trainable_token_indices = wanted
     _use_token_layers(peft_model, asked, trainable=not config.inference_mode)
+    head = peft_model.get_output_embeddings()
+    if len(tables) == 1 and head is not None and token_layer(head) is None:
+        raise AssertionError("PEFT left a tied head without the rows of its embedding")
     return peft_model
 
 
@@ -238,25 +242,29 @@ def _use_token_layers(model: nn.Module, asked: TokenIds, *, trainable: bool) -> 
 def start_rows(model: nn.Module, tokens: NewTokens, adapter: str) -> None:
     """Start the rows of tokens that the model cannot know from the mean of all rows of their table, each table's own.
 
-    These are tokens that were added to the tokenizer, those that the table lacks, and known ones whose row was never
-    trained and holds zeros, at which an RMS norm's gradients are huge. The mean changes the probabilities of the other
-    tokens little (Hewitt, "Initializing New Word Embeddings for Pretrained Language Models", 2021). All others start
-    as they are.
+    These are tokens that were added to the tokenizer, those that the table lacks, and known ones whose row of the
+    embedding was never trained: it holds zeros, at which an RMS norm's gradients are huge. All others start as they
+    are. With the mean, the distribution over tokens is bounded in its KL from the one before (Hewitt, "Initializing New
+    Word Embeddings for Pretrained Language Models", 2021, nlp.stanford.edu/~johnhew/vocab-expansion.html).
     """
+    own = [layer for layer in token_layers(model).values() if layer.tied_adapter is None]
     fresh = {number for number, added in zip(tokens.ids, tokens.added, strict=True) if added}
-    for layer in token_layers(model).values():
-        rows: Any = layer.trainable_tokens_delta[adapter]
-        if layer.tied_adapter is not None or rows.is_meta:
-            continue
-        table = layer.get_base_layer().weight
-        is_dead = (rows.abs().amax(1) <= NEVER_TRAINED).tolist()
-        chosen = [
-            at
-            for at, number in enumerate(layer.token_indices[adapter])
-            if is_dead[at] or number in fresh or number >= len(table)
-        ]
-        if chosen:
+    for layer in own:
+        if not layer.trainable_tokens_delta[adapter].is_meta:
+            fresh |= _never_trained(layer, adapter)
+    for layer in own:
+        rows, table = layer.trainable_tokens_delta[adapter], layer.get_base_layer().weight
+        chosen = [at for at, number in enumerate(layer.token_indices[adapter]) if number in fresh]
+        if chosen and not rows.is_meta:
             rows[chosen] = mean_row(table.split(_BLOCK_ROWS))
+
+
+def _never_trained(layer: Any, adapter: str) -> set[int]:
+    """Tokens that the table lacks, and of an embedding those whose row holds zeros."""
+    base, ids = layer.get_base_layer(), layer.token_indices[adapter]
+    is_dead = (layer.trainable_tokens_delta[adapter].abs().amax(1) <= NEVER_TRAINED).tolist()
+    dead = {number for number, flag in zip(ids, is_dead, strict=True) if flag and isinstance(base, nn.Embedding)}
+    return dead | {number for number in ids if number >= len(base.weight)}
 
 
 @torch.no_grad()
