@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from qlora_train.adapters.inits.residual import untrained
-from qlora_train.adapters.updates import Delta
+from qlora_train.adapters.updates import Delta, VocabularyRows
 from qlora_train.analysis.compress import Ask
 from qlora_train.analysis.files import write_analysis
 from qlora_train.analysis.folder import open_adapter, refuse_existing
@@ -58,6 +58,7 @@ from qlora_train.model.files import open_model_folder
 from qlora_train.model.load import memory_advice, resolve_device
 from qlora_train.model.skeleton import check_length, linear_layers, load_config, load_tokenizer, name_table
 from qlora_train.model.source import resolve_source
+from qlora_train.model.tokens import add_new_tokens
 from qlora_train.model.trained import MEASURED_ON, load_trained, open_run
 from qlora_train.recipe.advice import near_files
 from qlora_train.recipe.load import LoadedRecipe, load_recipe
@@ -160,7 +161,9 @@ def check(recipe: Path, overrides: Sequence[str] = (), *, deep: bool = False) ->
         preview=tuple(preview(table, inputs.tokenizer, range(min(PREVIEW_ROWS, table.num_rows)))),
         num_steps=loader.num_steps(settings.train.epochs, settings.train.max_steps),
         num_params=sum(parameter.numel() for parameter in inputs.skeleton.parameters()),
-        notices=tuple(filter(None, [steps_notice(settings.train, loader)])),
+        notices=tuple(
+            filter(None, [inputs.tokens_notice(), inputs.unused_notice(), steps_notice(settings.train, loader)])
+        ),
         findings=findings,
     )
 
@@ -178,6 +181,7 @@ def data(recipe: Path, overrides: Sequence[str] = ()) -> DataResult:
     source = resolve_source(settings.model, weights=False)
     check_length(load_config(source), settings.data.seq_len)
     tokenizer = load_tokenizer(source, settings.model.chat_template)
+    add_new_tokens(tokenizer, settings.adapter.new_tokens)
     train_split, held_out = load_splits(settings, tokenizer)
     loader = build_loader(settings, train_split, tokenizer.pad_token_id)
     account = account_for(settings, train_split, held_out, tokenizer, loader)
@@ -333,6 +337,10 @@ def open_chat(folder: Path, *, adapters: Sequence[Path] = (), system: str | None
         run, others = open_run(folder), [open_run(other) for other in adapters]
         for further in others:
             refuse_other_base(further.base_print, run.base_print)
+        if others and any(one.recipe.adapter.new_tokens for one in (run, *others)):
+            raise ModelError(
+                "an adapter with new tokens (adapter.new_tokens) has a tokenizer of its own", fix="chat with it alone"
+            )
         trained = load_trained(run)
         session = ChatSession(
             trained.model,
@@ -455,8 +463,12 @@ def _subject(run: Path, with_base: bool, notices: list[str]) -> Subject:
         except UserError as error:
             notices.append(f"{run}: its base is not looked at: {error.problems[0].what}")
     updates = opened.updates()
-    if all(isinstance(update, Delta) for update in updates.values()) or read_weight is None:
-        return Subject(name, method, r, opened.deltas(), start, read_weight)
+    if tables := [module for module, update in updates.items() if isinstance(update, VocabularyRows)]:
+        notices.append(f"{run}: the rows of new tokens in {', '.join(tables)} are no low-rank update and are left out")
+        updates = {module: update for module, update in updates.items() if module not in tables}
+    plain = {module: update for module, update in updates.items() if isinstance(update, Delta)}
+    if len(plain) == len(updates) or read_weight is None:
+        return Subject(name, method, r, plain if len(plain) == len(updates) else opened.deltas(), start, read_weight)
     deltas, notice = thin(updates, read_weight, 4 * r)
     notices.append(f"{run}: {notice}")
     return Subject(name, method, r, deltas, None, read_weight)

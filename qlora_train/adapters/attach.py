@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from torch import nn
 
 from qlora_train.adapters.config import AdapterConfig, build_config, section_config, section_options
 from qlora_train.adapters.experts import fill_experts, mixture_config
 from qlora_train.adapters.forms.base import Form
 from qlora_train.adapters.forms.delta import select_modules
-from qlora_train.adapters.layers import LoraEmbedding, adapted_layers, register_layers, use_fused
+from qlora_train.adapters.layers import LoraEmbedding, adapted_layers, use_fused
 from qlora_train.adapters.state import has_embeddings, load_adapter_config, restore_adapter
+from qlora_train.adapters.tokens import NewTokens, build_peft_model, indices_for, start_rows, token_layers
 from qlora_train.errors import ModelError
+from qlora_train.quant.fingerprint import base_parameter_name
 from qlora_train.recipe.methods import METHODS
 from qlora_train.recipe.schema import AdapterSection
 from qlora_train.seeds import derive_seed
@@ -32,6 +34,7 @@ class AdapterFacts:
     num_trainable: int
     num_frozen: int
     modules: tuple[str, ...]
+    token_rows: tuple[str, ...] = ()  # tables of which single rows are trained
 
     @property
     def trainable_frac(self) -> float:
@@ -40,20 +43,29 @@ class AdapterFacts:
 
 
 def attach_adapter(
-    model: nn.Module, section: AdapterSection, seed: int, *, base_name: str, fused: bool = True
+    model: nn.Module,
+    section: AdapterSection,
+    seed: int,
+    *,
+    base_name: str,
+    fused: bool = True,
+    tokens: NewTokens | None = None,
 ) -> PeftModel:
     """A PeftModel over `model` with a float32 adapter of the recipe's method; the start is a pure function of `seed`.
 
-    `fused` chooses the adapted layers' forward: the fused function or its plain twin.
+    `fused` chooses the adapted layers' forward: the fused function or its plain twin. `tokens`: those of
+    `adapter.new_tokens`, as the tokenizer numbers them.
 
     Raises ModelError when PEFT builds a layer of another kind, and when `init_from` does not fit.
     """
     if section.init_from is not None:
-        peft_model = _continue_from(model, section, fused=fused)
+        peft_model = _continue_from(model, section, tokens, fused=fused)
     else:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(seed, "adapter"))
-            peft_model = get_peft_model(model, register_layers(_new_config(model, section)))
+            peft_model = build_peft_model(model, _new_config(model, section, tokens))
+        if tokens is not None:
+            start_rows(peft_model, tokens, ADAPTER_NAME)
         if METHODS[section.method].start == "experts":
             fill_experts(peft_model, section.experts)
         peft_model.peft_config[ADAPTER_NAME].base_model_name_or_path = base_name
@@ -63,9 +75,14 @@ def attach_adapter(
     return peft_model
 
 
-def _new_config(model: nn.Module, section: AdapterSection) -> AdapterConfig:
+def _new_config(model: nn.Module, section: AdapterSection, tokens: NewTokens | None) -> AdapterConfig:
     """What PEFT is to build; a few methods look at the model, or at other adapters, to know where."""
     method = METHODS[section.method]
+    if section.new_tokens:
+        assert tokens is not None and tokens.texts == section.new_tokens
+        config = section_config(section)
+        config.trainable_token_indices = indices_for(model, tokens)
+        return config
     if method.start == "experts":
         return mixture_config(section)
     if section.embeddings:
@@ -96,7 +113,7 @@ def load_adapter(
         config.lora_dropout = dropout
     config.inference_mode = not trainable
     with torch.random.fork_rng(devices=[]):
-        peft_model = get_peft_model(model, register_layers(config))
+        peft_model = build_peft_model(model, config)
     restore_adapter(peft_model, folder)
     if fused:
         use_fused(peft_model)
@@ -104,13 +121,15 @@ def load_adapter(
     return peft_model
 
 
-def _continue_from(model: nn.Module, section: AdapterSection, *, fused: bool) -> PeftModel:
+def _continue_from(model: nn.Module, section: AdapterSection, tokens: NewTokens | None, *, fused: bool) -> PeftModel:
     assert section.init_from is not None
     config = load_adapter_config(section.init_from)
     wanted = section_config(section)
     asked, there = _described(wanted), _described(config)
     if "embeddings" in wanted.options:
         asked["embeddings"], there["embeddings"] = section.embeddings, has_embeddings(section.init_from)
+        asked["new_tokens"] = f"the ids {tokens.sorted_ids}" if tokens else "none"
+        there["new_tokens"] = f"the ids {sorted(config.token_ids)}" if config.token_ids else "none"
     if not isinstance(section.target_modules, str):  # the default asks for nothing in particular
         asked["target_modules"] = sorted(
             _with_embedding(model, section) if section.embeddings else section.target_modules
@@ -161,9 +180,10 @@ def check_attached(model: PeftModel) -> None:
         if form is not None and variant.get(ADAPTER_NAME) is not (None if type(form) is Form else form):
             raise AssertionError(f"{name} computes {variant}, not {type(form).__name__}")
     for name, parameter in model.named_parameters():
-        if ".lora_" not in name and parameter.requires_grad:
+        of_base = base_parameter_name(name) is not None
+        if of_base and parameter.requires_grad:
             raise AssertionError(f"{name} belongs to the base and would train")
-        if ".lora_" in name and parameter.dtype != torch.float32:
+        if not of_base and parameter.dtype != torch.float32:
             raise AssertionError(f"{name} is {parameter.dtype}, not float32")
 
 
@@ -189,4 +209,4 @@ def adapter_facts(model: PeftModel) -> AdapterFacts:
             trainable += math.prod(shape)
         else:
             frozen += math.prod(shape)
-    return AdapterFacts(trainable, frozen, tuple(adapted_layers(model)))
+    return AdapterFacts(trainable, frozen, tuple(adapted_layers(model)), tuple(token_layers(model)))

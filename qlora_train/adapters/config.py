@@ -22,6 +22,20 @@ class AdapterConfig(LoraConfig):
     options: dict[str, Any]
     form: Form
 
+    @property
+    def token_ids(self) -> frozenset[int]:
+        """Tokens of which rows are trained, in the embedding or the head."""
+        found = self.trainable_token_indices or []
+        lists = found.values() if isinstance(found, dict) else [found]
+        return frozenset(number for ids in lists for number in ids)
+
+    def token_ids_of(self, module: str) -> list[int]:
+        """Those of one table, by the order of its trained rows."""
+        found = self.trainable_token_indices or ()
+        if not isinstance(found, dict):
+            return list(found)
+        return next((ids for name, ids in found.items() if module == name or module.endswith(f".{name}")), [])
+
     def rank_of(self, module: str) -> int:
         """The rank at one module: that of `rank_pattern` where it names it."""
         return int(_by_pattern(self.rank_pattern, module, self.r))

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from qlora_train.names import TOKEN_ROWS
+
 
 @dataclass(frozen=True)
 class Group:
@@ -19,8 +21,11 @@ class Group:
 
 
 def one_group(parameters: Mapping[str, nn.Parameter]) -> list[Group]:
-    """Every parameter at the recipe's rate."""
-    return [Group("adapter", 1.0, tuple(parameters.values()))]
+    """Every parameter at the recipe's rate. Rows of new tokens do not decay: they are whole rows, and not updates."""
+    rows = {name: parameter for name, parameter in parameters.items() if f".{TOKEN_ROWS}" in name}
+    adapter = tuple(parameter for name, parameter in parameters.items() if name not in rows)
+    tokens = [Group("new tokens", 1.0, tuple(rows.values()), decays=False)] if rows else []
+    return [Group("adapter", 1.0, adapter), *tokens]
 
 
 def loraplus_groups(parameters: Mapping[str, nn.Parameter], lr_ratio: float) -> list[Group]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from qlora_train.adapters.config import AdapterConfig, build_config
 from qlora_train.adapters.forms.base import EMBEDDING, FACTORS
 from qlora_train.errors import ModelError
+from qlora_train.names import TOKEN_ROWS
 from qlora_train.recipe.methods import METHODS, Method
 from qlora_train.recipe.schema import AdapterSection
 from qlora_train.untrusted import read_header, read_json_object, refuse_links_out, refuse_pickles
@@ -26,11 +28,13 @@ CONFIG = "adapter_config.json"
 MAX_RANK, MAX_ALPHA = 4096, 1e9  # as in a recipe
 MAX_TARGETS = 1000
 MAX_PATTERNS = 20_000  # a module each
+MAX_TOKEN_ROWS = 100_000
+MAX_TOKEN_ID = 2**31 - 1
 _MODULE_NAME = re.compile(r"\w+(\.\w+)*", re.ASCII)
 # Fields that are read, and fields that say where the adapter comes from, which nothing follows.
 _KNOWN_FIELDS = frozenset(
     {"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "target_modules", "inference_mode"}
-    | {"rank_pattern", "alpha_pattern", "qlora_train"}
+    | {"rank_pattern", "alpha_pattern", "trainable_token_indices", "qlora_train"}
     | {"base_model_name_or_path", "revision", "peft_version", "auto_mapping", "task_type", "bias", "init_lora_weights"}
 )
 # PEFT must not take a folder for plain LoRA that only we compute right: this kind of adapter it does not know.
@@ -102,6 +106,7 @@ def load_adapter_config(folder: Path) -> AdapterConfig:
         rank_pattern=_pattern(path, data, "rank_pattern", int, MAX_RANK),
         alpha_pattern=_pattern(path, data, "alpha_pattern", float, MAX_ALPHA),
         base_model_name_or_path=str(data.get("base_model_name_or_path") or ""),
+        trainable_token_indices=_token_indices(path, data, method),
     )
     _check_tensors(weights, config)
     return config
@@ -141,6 +146,25 @@ def _pattern(path: Path, data: dict[str, Any], key: str, kind: type, most: float
     if not good or len(found) > MAX_PATTERNS:
         raise ModelError(f"{path}: {key} must give a number for names of modules", fix="restore the file")
     return dict(found)
+
+
+def _token_indices(path: Path, data: dict[str, Any], method: Method) -> dict[str, list[int]] | list[int] | None:
+    """Tokens whose rows are trained: a list, or one for each table. They must ascend, as the rows do that we save."""
+    found = data.get("trainable_token_indices")
+    if not found:
+        return None
+    named = found if isinstance(found, dict) else {"embed_tokens": found}
+    good = len(named) <= 2 and all(_MODULE_NAME.fullmatch(name) for name in named)
+    for ids in named.values():
+        good = good and isinstance(ids, list) and 0 < len(ids) <= MAX_TOKEN_ROWS
+        good = good and all(type(number) is int and 0 <= number <= MAX_TOKEN_ID for number in ids)
+        good = good and all(one < other for one, other in pairwise(ids))
+    if not good or "new_tokens" not in method.options:
+        raise ModelError(
+            f"{path}: trainable_token_indices must give ascending ids for the embedding and head of plain LoRA",
+            fix="use an adapter of plain LoRA",
+        )
+    return dict(found) if isinstance(found, dict) else list(found)
 
 
 def _check_numbers(path: Path, data: dict[str, Any]) -> None:
@@ -194,6 +218,8 @@ def split_name(name: str) -> tuple[str, str]:
     >>> split_name("base_model.model.layers.0.q_proj.lora_A.weight")
     ('base_model.model.layers.0.q_proj', 'lora_A')
     """
+    if name.endswith(f".{TOKEN_ROWS}"):
+        return name.removesuffix(f".{TOKEN_ROWS}"), TOKEN_ROWS
     module, _, attribute = name.rpartition(".lora_")
     return module, f"lora_{attribute.removesuffix('.weight')}"
 
@@ -214,6 +240,7 @@ def _check_tensors(weights: Path, config: AdapterConfig) -> None:
         module, attribute = split_name(name)
         modules.setdefault(module, {})[attribute] = tuple(entry.shape)
         names[module, attribute] = name
+    _check_token_rows(weights, config, modules)
     for module, found in modules.items():
         r = config.rank_of(module)
         expected = config.form.expected(r, found)
@@ -233,6 +260,25 @@ def _check_tensors(weights: Path, config: AdapterConfig) -> None:
                     f"{CONFIG} says",
                     fix="restore the files",
                 )
+
+
+def _check_token_rows(weights: Path, config: AdapterConfig, modules: dict[str, dict[str, tuple[int, ...]]]) -> None:
+    """Take out the tables of which rows are trained; ModelError unless they are those that the config names."""
+    tables = {module: modules.pop(module)[TOKEN_ROWS] for module in list(modules) if TOKEN_ROWS in modules[module]}
+    wanted = config.trainable_token_indices or ()
+    named = len(wanted) if isinstance(wanted, dict) else min(len(wanted), 1)
+    if len(tables) != named:
+        raise ModelError(
+            f"{weights}: it holds trained rows of {len(tables)} tables, and {CONFIG} names {named}",
+            fix="restore the files",
+        )
+    for module, shape in tables.items():
+        if len(shape) != 2 or shape[0] != len(config.token_ids_of(module)):
+            raise ModelError(
+                f"{weights}: {module}.{TOKEN_ROWS} is {shape}, and {CONFIG} names {len(config.token_ids_of(module))} "
+                "tokens for it",
+                fix="restore the files",
+            )
 
 
 def read_adapter_tensors(folder: Path) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ def start_of(run: FinishedRun, source: Source) -> dict[str, Tensor] | None:
 
     PEFT draws the factors layer by layer, so all of them are drawn, on a model without values. Memory: the adapter's.
     """
-    adapter = run.recipe.adapter
+    adapter = run.recipe.adapter.model_copy(update={"new_tokens": ()})  # their rows are drawn from nothing
     method = METHODS[adapter.method]
     if method.start != "zero" or method.form not in ("plain", "dora") or adapter.init_from is not None:
         return None

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 
 from qlora_train.adapters.arithmetic import norm
-from qlora_train.adapters.updates import Delta, Update
+from qlora_train.adapters.updates import Delta, Difference, Update
 from qlora_train.analysis.look import ReadWeight
 from qlora_train.analysis.sparse import nearest
 from qlora_train.errors import ModelError
@@ -22,7 +22,7 @@ def thin(updates: Mapping[str, Update], read_weight: ReadWeight, r: int) -> tupl
         if isinstance(update, Delta):
             found[module] = update
             continue
-        if len(update.shape) != 2:
+        if isinstance(update, Difference):
             raise ModelError(f"{module} was changed, which is no matrix: it has no directions", fix="look at others")
         weight, _ = read_weight(module)
         found[module], error = nearest((update.applied(weight) - weight).cpu(), r)

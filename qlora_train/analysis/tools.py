@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 from qlora_train.adapters.arithmetic import concatenated, delta_svd, folded, inner_product, norm
 from qlora_train.adapters.fold import Delta
 from qlora_train.adapters.state import MAX_RANK, WEIGHTS, read_adapter_tensors
+from qlora_train.adapters.updates import VocabularyRows
 from qlora_train.analysis.compress import Ask, ResizedModule, resized
 from qlora_train.analysis.folder import (
     OpenedAdapter,
@@ -59,12 +60,15 @@ class AdapterInfo:
     step: int | None
     made: dict[str, Any] | None  # how one of these tools made it
     modules: tuple[ModuleInfo, ...]
+    token_rows: dict[str, int]  # trained rows of new tokens, by table
 
 
 def describe_adapter(path: Path) -> AdapterInfo:
     """Method, rank, scaling, targets, norms and effective ranks of an adapter, and what it belongs to."""
     opened = open_adapter(path)
-    updates, tensors = opened.updates(), read_adapter_tensors(opened.folder)
+    found, tensors = opened.updates(), read_adapter_tensors(opened.folder)
+    tables = {name: len(update.ids) for name, update in found.items() if isinstance(update, VocabularyRows)}
+    updates = {module: update for module, update in found.items() if module not in tables}
     deltas = {module: update for module, update in updates.items() if isinstance(update, Delta)}
     spectrum = {s.module: s for s in spectra({module: delta_svd(delta) for module, delta in deltas.items()})}
     modules = []
@@ -98,6 +102,7 @@ def describe_adapter(path: Path) -> AdapterInfo:
         step=manifest.get("step"),
         made=manifest.get("made"),
         modules=tuple(modules),
+        token_rows=tables,
     )
 
 

@@ -29,6 +29,8 @@ def info(result: AdapterInfo, *, every_module: bool) -> None:
     say(f"{result.method}: {rank}, alpha = {result.alpha:g}, {scaling}")
     names = dict.fromkeys(name_of(module.module) for module in result.modules)
     say(f"on {', '.join(names)}: {len(result.modules)} modules")
+    for module, count in result.token_rows.items():
+        say(f"and {count} rows of new tokens in {module}")
     size = f"{result.num_params:,} parameters in {', '.join(result.dtypes)}, {result.num_bytes / 2**20:,.1f} MiB"
     say(size + (f"; trained to step {result.step:,}" if result.step else ""))
     say(f"belongs to {result.base_words}")

@@ -90,7 +90,7 @@ def model_card(name: str, facts: Facts) -> str:
 
 `{_base_name(recipe.model.path)}`, fine-tuned with {method}
 {base_kind}, merged {_onto_words(facts)}.
-Stored in {recipe.export.export_dtype}.
+Stored in {recipe.export.export_dtype}.{_token_words(run)}
 {_licence_words(facts.licence)}
 
 ## Trained on
@@ -126,6 +126,13 @@ model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER", dtype="auto")
 `export.json` holds these figures and a row for every merged weight. `golden_prompts.json` holds prompts with the token
 ids that training gave them, and that this tokenizer gives them too: hold your server against it.
 """
+
+
+def _token_words(run: FinishedRun) -> str:
+    """The tokens whose rows were trained."""
+    texts = run.recipe.adapter.new_tokens
+    names = ", ".join("`" + "".join(c for c in text if c.isprintable() and c != "`") + "`" for text in texts)
+    return f" Tokens with rows that were trained: {names}." if names else ""
 
 
 def _base_name(path: str) -> str:

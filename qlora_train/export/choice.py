@@ -18,7 +18,6 @@ from qlora_train.export.verify import Reference, room_for
 from qlora_train.model.causal import CausalModel
 from qlora_train.model.hollow import build_hollow
 from qlora_train.model.load import add_end_tokens
-from qlora_train.model.skeleton import load_config
 from qlora_train.model.source import Source
 from qlora_train.model.trained import FinishedRun
 
@@ -131,7 +130,7 @@ def _observe(
     device = reference.device if reference.how == "layers" else room_for(run, reference.device)
     dtype: torch.dtype = getattr(torch, run.recipe.export.export_dtype)
     weights = CandidateWeights(MergedTensors(run, source, onto), dtype)
-    model = build_hollow(load_config(source), device)
+    model = build_hollow(run.config(source), device)
     if reference.how == "layers":
         return observe_in_layers(model, weights, reference.batches, device)[0], []
     fill_whole(model, weights)

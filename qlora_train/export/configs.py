@@ -24,11 +24,19 @@ def generation_settings(source: Source, end_token_ids: Sequence[int]) -> dict[st
 
 
 def write_configs(
-    folder: Path, source: Source, end_token_ids: Sequence[int], dtype: str, quantisation: dict[str, Any] | None = None
+    folder: Path,
+    source: Source,
+    end_token_ids: Sequence[int],
+    dtype: str,
+    quantisation: dict[str, Any] | None = None,
+    *,
+    vocab_size: int | None = None,
 ) -> None:
-    """Both files; `quantisation` is transformers' `quantization_config`."""
+    """Both files; `quantisation` is transformers' `quantization_config`, `vocab_size` what new tokens made of it."""
     config = {key: value for key, value in _config(source).items() if key not in _OF_THE_BASE}
     config["dtype"] = dtype
+    if vocab_size is not None:
+        config["vocab_size"] = vocab_size
     if quantisation is not None:
         config["quantization_config"] = quantisation
     generation = generation_settings(source, end_token_ids)

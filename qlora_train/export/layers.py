@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_train.adapters.layers import lora_layers, use_fused
+from qlora_train.adapters.tokens import mean_row, token_layers
 from qlora_train.data.loader import MicroBatch
 from qlora_train.errors import ModelError
 from qlora_train.evaluate.compare import Observed, observe_batch
@@ -20,6 +21,7 @@ from qlora_train.export.base import BaseReader
 from qlora_train.export.safetensors_reader import read_rows, read_tensor
 from qlora_train.export.tensors import MergedTensors
 from qlora_train.export.walk import Walk, walk_through
+from qlora_train.loss import TrainedRows, put_rows
 from qlora_train.model.causal import CausalModel
 from qlora_train.model.checkpointing import decoder_layers
 from qlora_train.model.files import StoredTensor
@@ -122,6 +124,7 @@ def observe_in_layers(
     for name in parameter_names(model):
         if name not in streamed:
             fill(model, name, _on(device, weights.value(name)))
+    _start_lacking_rows(model, weights)
     for name in table:
         fill(model, name, _used_rows(weights, name, model, batches).to(device))
     hollow: dict[str, Any] = {}
@@ -148,8 +151,12 @@ def observe_in_layers(
         weights, head if head in parameter_names(model) else table[0], tuple(causal.head.weight_VH.shape),
         causal.head.bias_V, causal.head.softcap, device,
     )  # fmt: skip
-    size = len(batches)
-    return [Observed.of(seen[i * size : (i + 1) * size], output) for i in range(len(contexts))]
+    found, size = [], len(batches)
+    for index, context in enumerate(contexts):
+        with context():  # a head with trained rows has none where the adapter is off
+            own = replace(output, rows=causal.head.rows)
+        found.append(Observed.of(seen[index * size : (index + 1) * size], own))
+    return found
 
 
 @dataclass(frozen=True)
@@ -162,11 +169,12 @@ class StreamedHead:
     bias_V: Tensor | None
     softcap: float
     device: torch.device
+    rows: TrainedRows | None = None
 
     @property
     def vocab_size(self) -> int:
         """V."""
-        return self.shape[0]
+        return self.shape[0] + (self.rows.num_new if self.rows else 0)
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
         """Logits (N, V) in float32."""
@@ -177,7 +185,18 @@ class StreamedHead:
             torch.mm(hidden_NH, rows.T, out=logits_NV[:, start:stop])
         if self.bias_V is not None:
             logits_NV += self.bias_V
+        if self.rows is not None:
+            logits_NV = put_rows(logits_NV, hidden_NH, self.rows)
         return self.softcap * torch.tanh(logits_NV / self.softcap) if self.softcap else logits_NV
+
+
+def _start_lacking_rows(model: nn.Module, weights: Weights) -> None:
+    """Rows that a table lacks start from its mean, which a hollow model does not know."""
+    for name, layer in token_layers(model).items():
+        if layer.num_lacking:
+            num_rows = layer.get_base_layer().weight.shape[0]
+            stops = [(start, min(start + ROWS_AT_A_TIME, num_rows)) for start in range(0, num_rows, ROWS_AT_A_TIME)]
+            layer.start_lacking(mean_row(weights.rows(f"{name}.weight", *ends) for ends in stops))
 
 
 def _on(device: torch.device, value: Tensor | Params4bit) -> Tensor | Params4bit:
@@ -207,7 +226,8 @@ def _used_rows(weights: Weights, name: str, model: nn.Module, batches: Sequence[
     table = torch.from_numpy(np.zeros(tuple(shape), dtype=np.float32))
     used = torch.cat([batch.input_ids.reshape(-1) for batch in batches]).unique()
     for start in range(0, shape[0], ROWS_AT_A_TIME):
-        here = used[(used >= start) & (used < start + ROWS_AT_A_TIME)]
+        stop = min(start + ROWS_AT_A_TIME, shape[0])
+        here = used[(used >= start) & (used < stop)]  # a new token may have no row in the table
         if len(here):
-            table[here] = weights.rows(name, start, min(start + ROWS_AT_A_TIME, shape[0])).cpu()[here - start]
+            table[here] = weights.rows(name, start, stop).cpu()[here - start]
     return table

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_train.adapters.layers import lora_layers
+from qlora_train.adapters.updates import Update, VocabularyRows
 from qlora_train.quant.fingerprint import base_parameter_name
 
 NUM_TOKENS = 8
@@ -90,6 +91,23 @@ def deviations(
         sums = (SUM_ERROR * float(weight_OI.norm())) ** 2 * float(squares_I.mean())
         found.append(Deviation(name, float(off_NO.norm()) / max((rounding + sums) ** 0.5, 1e-30)))
     return sorted(found, key=lambda deviation: -deviation.ratio)
+
+
+def row_deviations(
+    updates: Mapping[str, Update], rows: Callable[[str, int, int], Tensor], export_dtype: torch.dtype
+) -> list[Deviation]:
+    """How far the written rows of new tokens are from the trained ones, over what rounding them explains: by table.
+
+    `rows` reads some rows of a merged tensor in float32 by the base's name. As in `deviations`, a right merge gives 1.
+    """
+    found = []
+    for name, update in updates.items():
+        if isinstance(update, VocabularyRows):
+            trained_RH = update.rows.float()
+            written_RH = torch.cat([rows(name, number, number + 1) for number in update.ids]).float().cpu()
+            rounding = float(_ulp(trained_RH, export_dtype).square().sum() / 12) ** 0.5
+            found.append(Deviation(name, float((written_RH - trained_RH).norm()) / max(rounding, 1e-30)))
+    return found
 
 
 def recheck(

@@ -224,7 +224,8 @@ def _check_disk(run: FinishedRun, target: Path) -> None:
 
 def _write_small_files(folder: Path, work: _Export, end_token_ids: list[int]) -> list[Golden]:
     """Everything but weights, card and figures; ModelError where the tokenizer would not serve as it trained."""
-    write_configs(folder, work.source, end_token_ids, work.run.recipe.export.export_dtype)
+    vocab_size = work.run.config(work.source).get_text_config().vocab_size
+    write_configs(folder, work.source, end_token_ids, work.run.recipe.export.export_dtype, vocab_size=vocab_size)
     copy_texts(work.source, folder)
     work.tokenizer.save_pretrained(str(folder))
     rows = work.held_out.read(range(min(MAX_ROWS, work.held_out.table.num_rows)))

@@ -54,7 +54,7 @@ class MergedTensors:
         self._parameter = {stored.name: name for name, stored in self.base.stored.items()}
         for name, update in self.updates.items():
             shape = self.base.recorded(name).shape if name in self._parameter.values() else None
-            if shape != update.shape:
+            if shape is None or update.shape_from(shape) is None:
                 raise ModelError(
                     f"the adapter's update of {name} fits no weight of the base", fix="use the base of the run"
                 )
@@ -69,8 +69,10 @@ class MergedTensors:
         return self._parameter[stored]
 
     def shape(self, stored: str) -> tuple[int, ...]:
-        """Shape of a tensor."""
-        return self.base.recorded(self._parameter[stored]).shape
+        """Shape of a tensor: the base's, with a row more for each new token that the base has none for."""
+        name = self._parameter[stored]
+        shape, update = self.base.recorded(name).shape, self.updates.get(name)
+        return shape if update is None else update.shape_from(shape) or shape
 
     def exact(self, stored: str) -> Tensor:
         """One tensor on the run's device, before any rounding.
@@ -94,7 +96,7 @@ class MergedTensors:
             if update is not None:
                 self.changes[name] = Change(
                     weight_norm=_norm(start),
-                    delta_norm=_norm(merged, start),
+                    delta_norm=_norm(merged[: len(start)], start),
                     quant_error_norm=_norm(before, trained) if quantised else 0.0,
                 )
         if self.onto == "requantized" and quantised:

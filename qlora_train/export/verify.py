@@ -21,16 +21,16 @@ from transformers import AutoModelForCausalLM
 from qlora_train.adapters.attach import load_adapter
 from qlora_train.adapters.fold import read_updates
 from qlora_train.adapters.inits.residual import untrained
-from qlora_train.adapters.updates import Delta
+from qlora_train.adapters.updates import Delta, VocabularyRows
 from qlora_train.data.loader import MicroBatch, eval_batches
 from qlora_train.data.split import Split
 from qlora_train.errors import ModelError, is_out_of_memory
 from qlora_train.evaluate.compare import Distance, Observed, distance, observe
 from qlora_train.evaluate.tasks import Answer, Question, answer
 from qlora_train.export.base import BaseReader
-from qlora_train.export.layers import FolderWeights, TrainedWeights, observe_in_layers
+from qlora_train.export.layers import FolderWeights, TrainedWeights, Weights, observe_in_layers
 from qlora_train.export.merge import Merged
-from qlora_train.export.probe import Deviation, Probe, deviations, probing, recheck
+from qlora_train.export.probe import Deviation, Probe, deviations, probing, recheck, row_deviations
 from qlora_train.export.tensors import MergedTensors, Onto
 from qlora_train.memory.available import available_bytes
 from qlora_train.model.causal import CausalModel
@@ -134,7 +134,7 @@ def how_to_verify(run: FinishedRun) -> How:
     ModelError where layers are asked for of an adapter that looks at the base's weights while it is attached.
     """
     asked = run.recipe.export.verify
-    if not all(isinstance(update, Delta) for update in read_updates(run.run_dir.adapter).values()):
+    if not all(isinstance(update, Delta | VocabularyRows) for update in read_updates(run.run_dir.adapter).values()):
         if asked == "layers":
             method = run.recipe.adapter.method
             raise ModelError(
@@ -190,7 +190,7 @@ def verify(run: FinishedRun, merged_folder: Path, reference: Reference, merged: 
     worst = None
     if merged.onto == "dequantized":
         export_dtype: torch.dtype = getattr(torch, run.recipe.export.export_dtype)
-        worst = worst_layer(run, reference, weights.value, weights.stored.__contains__, export_dtype)
+        worst = worst_layer(run, reference, weights, weights.stored.__contains__, export_dtype)
     if reference.how == "layers":
         (seen,) = observe_in_layers(build_hollow(config, device), weights, reference.batches, device)
     else:
@@ -214,18 +214,24 @@ def verify(run: FinishedRun, merged_folder: Path, reference: Reference, merged: 
 def worst_layer(
     run: FinishedRun,
     reference: Reference,
-    value: Callable[[str], Tensor],
+    weights: Weights,
     has: Callable[[str], bool],
     dtype: torch.dtype,
 ) -> Deviation | None:
     """Of all adapted layers the one whose output is furthest from the trained layer's, over what rounding explains.
 
-    `value` reads a written tensor in float32 by the base's name, `has` finds one; `dtype` is what they were rounded to.
-    Where a layer exceeds the limit, its weight is merged once more and its roundings are taken as they are.
+    `weights` are the written tensors by the base's names, `has` finds one; `dtype` is what they were rounded to. Where
+    a layer exceeds the limit, its weight is merged once more and its roundings are taken as they are. A table counts
+    with the rows of its new tokens.
     """
+
+    def value(name: str) -> Tensor:
+        return weights.value(name).float()
+
+    tables = row_deviations(read_updates(run.run_dir.adapter), weights.rows, dtype)
     found = deviations(reference.probes, value, has, dtype)
     if not found or found[0].ratio <= MAX_DEVIATION:
-        return found[0] if found else None
+        return max([*found[:1], *tables], key=lambda deviation: deviation.ratio, default=None)
     tensors = MergedTensors(run, run.source())
     stored = {tensors.parameter(name): name for name in tensors.names}
     certain = []
@@ -236,7 +242,7 @@ def worst_layer(
             exact_OI = tensors.exact(stored[each.name]).float().cpu()
             each = recheck(each, reference.probes[each.name], value(each.name).cpu(), exact_OI, bias_O, dtype)
         certain.append(each)
-    return max(certain, key=lambda deviation: deviation.ratio)
+    return max([*certain, *tables], key=lambda deviation: deviation.ratio)
 
 
 def _hollow_trained(run: FinishedRun, source: Source) -> tuple[Any, torch.device]:

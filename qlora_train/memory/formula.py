@@ -65,7 +65,8 @@ def formula_costs(request: Request) -> Costs | None:
     """
     recipe, config = request.recipe, request.config.get_text_config()
     plain = recipe.adapter.target_modules == "all-linear" and not recipe.quant.skip_modules and recipe.train.fused
-    plain = plain and METHODS[recipe.adapter.method].form == "plain" and not recipe.adapter.embeddings
+    plain = plain and METHODS[recipe.adapter.method].form == "plain"
+    plain = plain and not (recipe.adapter.embeddings or recipe.adapter.new_tokens)
     in_half = recipe.model.compute_dtype == "bfloat16"
     if config.model_type not in KNOWN or request.device != "cuda" or not (plain and in_half):
         return None

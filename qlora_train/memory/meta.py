@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import masking_utils
 
 from qlora_train.adapters.attach import attach_adapter
+from qlora_train.adapters.tokens import NewTokens
 from qlora_train.data.loader import MicroBatch
 from qlora_train.errors import ModelError
 from qlora_train.loss import chunk_tokens
@@ -21,6 +22,7 @@ from qlora_train.model.attention import ATTENTION_NAME, check_packable, run_pack
 from qlora_train.model.causal import CausalModel
 from qlora_train.model.skeleton import build_skeleton, check_targets, linear_layers
 from qlora_train.quant.bnb import QuantSettings, linear4bit_modules, meta_linear4bit, packed_tensors
+from qlora_train.quant.fingerprint import base_parameter_name
 from qlora_train.recipe.schema import AdapterSection, QuantSection
 
 DeviceKind = Literal["cpu", "cuda"]
@@ -83,7 +85,7 @@ def build_meta_model(config: Any, style: ModelStyle, device: DeviceKind, num_lay
     with torch.device("meta"):
         adapted = _attach(model, style)
     for name, parameter in adapted.named_parameters():
-        if ".lora_" in name:
+        if base_parameter_name(name) is None:
             parameter.data = parameter.data.to(style.adapter_dtype)
         elif not hasattr(parameter, "quant_state") and _is_upcast(style.upcast, parameter):
             parameter.data = parameter.data.float()
@@ -111,7 +113,8 @@ def _quantise(model: nn.Module, quant: QuantSection) -> None:
 def _attach(model: Any, style: ModelStyle) -> Any:
     section = style.adapter.model_copy(update={"init_from": None})
     if style.linear != "peft":
-        return attach_adapter(model, section, 0, base_name="", fused=style.linear == "fused")
+        tokens = NewTokens.placeholders(section.new_tokens) if section.new_tokens else None
+        return attach_adapter(model, section, 0, base_name="", fused=style.linear == "fused", tokens=tokens)
     model.is_loaded_in_4bit = style.quant.quant_type != "none"  # else PEFT builds no 4-bit layers
     targets = section.target_modules
     config = LoraConfig(

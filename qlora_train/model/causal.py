@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from qlora_train.adapters.tokens import frozen_part, token_layer
 from qlora_train.data.loader import MicroBatch
 from qlora_train.errors import ModelError
-from qlora_train.loss import linear_cross_entropy_sum
+from qlora_train.loss import TrainedRows, head_logits, linear_cross_entropy_sum
 from qlora_train.model.attention import run_packed
 from qlora_train.names import IGNORE_INDEX
 
@@ -22,11 +23,12 @@ HEAD_TOLERANCE = 2e-2
 
 @dataclass(frozen=True)
 class Head:
-    """The frozen output head: logits = cap(hidden W^T + b)."""
+    """The output head: logits = cap(hidden W^T + b). It is frozen, but for `rows` that stand in place of those of W."""
 
     weight_VH: Tensor
     bias_V: Tensor | None
     softcap: float
+    rows: TrainedRows | None = None
 
     @property
     def device(self) -> torch.device:
@@ -36,16 +38,16 @@ class Head:
     @property
     def vocab_size(self) -> int:
         """V."""
-        return self.weight_VH.shape[0]
+        return self.weight_VH.shape[0] + (self.rows.num_new if self.rows else 0)
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
         """Logits (N, V) of chosen positions in float32."""
-        logits = nn.functional.linear(hidden_NH, self.weight_VH, self.bias_V).float()
+        logits = head_logits(hidden_NH, self.weight_VH, self.bias_V, self.rows).float()
         return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
 
 
 class CausalModel:
-    """A transformers causal model, with or without an adapter, seen as decoder plus frozen head.
+    """A transformers causal model, with or without an adapter, seen as decoder plus head.
 
     `model` keeps its own modules; the decoder is run alone, so that logits of unsupervised positions never exist.
     """
@@ -56,14 +58,25 @@ class CausalModel:
         self.model = model
         inner = model.get_base_model() if isinstance(model, PeftModel) else model
         self.decoder: Any = inner.base_model
-        output = inner.get_output_embeddings()
+        self._output: Any = inner.get_output_embeddings()
+        output = None if self._output is None else frozen_part(self._output)
         if not isinstance(output, nn.Linear):
             raise ModelError(
                 f"the output head is a {type(output).__name__}, not a linear layer", fix="use another model"
             )
         softcap = getattr(inner.config.get_text_config(), "final_logit_softcapping", None) or 0.0
-        self.head = Head(output.weight, output.bias, float(softcap))
+        self._frozen_head = Head(output.weight, output.bias, float(softcap))
         self._inner = inner
+
+    @property
+    def head(self) -> Head:
+        """The output head as it is now: rows of new tokens train, and go where the adapter is switched off."""
+        layer = token_layer(self._output)
+        return self._frozen_head if layer is None else replace(self._frozen_head, rows=layer.trained())
+
+    @head.setter
+    def head(self, head: Head) -> None:
+        self._frozen_head = head
 
     def loss_sum(self, batch: MicroBatch) -> Tensor:
         """Summed cross-entropy (nats, float32 scalar) over the batch's supervised tokens, differentiable.
@@ -75,14 +88,15 @@ class CausalModel:
     def loss_of(self, hidden_BTH: Tensor, batch: MicroBatch) -> Tensor:
         """As `loss_sum`, from the decoder's last hidden state."""
         targets = batch.labels[:, 1:]
-        supervised = self._supervised(batch)
+        supervised, head = self._supervised(batch), self.head
         return linear_cross_entropy_sum(
             hidden_BTH[:, :-1][supervised],
-            self.head.weight_VH,
+            head.weight_VH,
             targets[supervised],
-            bias_V=self.head.bias_V,
+            bias_V=head.bias_V,
+            rows=head.rows,
             weights_N=None if batch.weights is None else batch.weights[:, 1:][supervised],
-            softcap=self.head.softcap,
+            softcap=head.softcap,
             sizes=self.loss_sizes,
         )
 

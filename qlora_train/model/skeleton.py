@@ -176,9 +176,9 @@ def _check_groups(model: nn.Module, group_size: int) -> None:
         )
 
 
-def check_vocabulary(largest_id: int, config: Any) -> None:
+def check_vocabulary(largest_id: int, config: Any, num_added_rows: int = 0) -> None:
     """No token id of the data may lie outside the embedding; a tokenizer may know tokens without a row."""
-    vocab_size = config.get_text_config().vocab_size
+    vocab_size = config.get_text_config().vocab_size + num_added_rows
     if largest_id >= vocab_size:
         raise ModelError(
             f"the data holds token id {largest_id:,}, the model's embedding has {vocab_size:,} rows",

@@ -11,6 +11,7 @@ from peft import PeftModel
 
 from qlora_train.adapters.attach import load_adapter
 from qlora_train.adapters.inits.residual import takes_from_base
+from qlora_train.adapters.state import load_adapter_config
 from qlora_train.artifacts.files import read_json
 from qlora_train.artifacts.layout import RunDir
 from qlora_train.data.fates import Side
@@ -18,9 +19,10 @@ from qlora_train.data.split import Split, load_split
 from qlora_train.errors import DataError, ModelError
 from qlora_train.model.binding import check_published, read_base, read_binding, refuse_changed_recipe, refuse_other_base
 from qlora_train.model.load import Base, add_end_tokens, load_recipe_base
-from qlora_train.model.skeleton import load_tokenizer, template_digest, tokenizer_digest
+from qlora_train.model.skeleton import load_config, load_tokenizer, template_digest, tokenizer_digest
 from qlora_train.model.source import Source, resolve_source
 from qlora_train.model.start import rebuild
+from qlora_train.model.tokens import add_new_tokens
 from qlora_train.quant.fingerprint import BasePrint
 from qlora_train.recipe.load import load_resolved, with_overrides
 from qlora_train.recipe.schema import Recipe
@@ -43,13 +45,22 @@ class FinishedRun:
         section = self.recipe.model
         return resolve_source(section.model_copy(update={"revision": self.commit or section.revision}))
 
+    def config(self, source: Source) -> Any:
+        """transformers' config of the merged model: the base's, with a row for each token of the adapter's."""
+        config = load_config(source)
+        text = config.get_text_config()
+        ids = load_adapter_config(self.run_dir.adapter).token_ids
+        text.vocab_size = max([text.vocab_size, *(number + 1 for number in ids)])
+        return config
+
     def tokenizer(self, source: Source) -> Any:
-        """The tokenizer with the chat template that was trained with, which the run folder keeps.
+        """The tokenizer of the training: with its new tokens, and with the chat template, which the run folder keeps.
 
         ModelError when either is not the one of the training.
         """
         template = self.run_dir.chat_template
         tokenizer = load_tokenizer(source, template if template.is_file() else None)
+        add_new_tokens(tokenizer, self.recipe.adapter.new_tokens)
         digests = {"tokenizer": tokenizer_digest(tokenizer), "template": template_digest(tokenizer)}
         for name, here in digests.items():
             if here != (then := self.binding.get(name)):

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from qlora_train.names import PEFT_PREFIX
+from qlora_train.names import PEFT_PREFIX, TOKEN_BASE, TOKEN_ROWS
 from qlora_train.quant.bnb import Params4bit, QuantSettings, packed_parts, settings_of
 
 QUANT_TYPES = ("nf4", "fp4", "int4")
@@ -127,9 +127,9 @@ def base_parameter_name(name: str) -> str | None:
     >>> base_parameter_name("base_model.model.model.layers.0.mlp.up_proj.base_layer.weight")
     'model.layers.0.mlp.up_proj.weight'
     """
-    if ".lora_" in name:
+    if ".lora_" in name or f".{TOKEN_ROWS}" in name:
         return None
-    return name.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")
+    return name.removeprefix(PEFT_PREFIX).replace(f".{TOKEN_BASE}.", ".").replace(".base_layer.", ".")
 
 
 def print_base(model: nn.Module) -> BasePrint:

@@ -58,6 +58,20 @@ def check_experts(recipe: Recipe, origins: Origins) -> Iterator[Problem]:
         yield Problem(what, fix, place)
 
 
+def check_new_tokens(recipe: Recipe, origins: Origins) -> Iterator[Problem]:
+    """New tokens given twice, with white space at an end, or beside the embedding's own adapter."""
+    adapter, where = recipe.adapter, place_of(origins, "adapter.new_tokens")
+    for text in dict.fromkeys(adapter.new_tokens):
+        if adapter.new_tokens.count(text) > 1:
+            yield Problem(f"adapter.new_tokens: {text!r} is given twice", "keep one of them", where)
+        if text != text.strip():
+            what = f"adapter.new_tokens: {text!r} begins or ends with white space"
+            yield Problem(what, "name the token alone", where)
+    if adapter.new_tokens and adapter.embeddings:
+        what = f"adapter.new_tokens: adapter.embeddings ({at(origins, 'adapter.embeddings')}) adapts the same rows"
+        yield Problem(what, "keep one of the two", where)
+
+
 def check_schedule(recipe: Recipe, origins: Origins) -> Iterator[Problem]:
     """A target that is missing or no reduction, and a window without steps."""
     adapter = recipe.adapter
@@ -80,4 +94,4 @@ def check_schedule(recipe: Recipe, origins: Origins) -> Iterator[Problem]:
             yield Problem(what, "lower one of them", place_of(origins, "adapter.schedule_end_frac"))
 
 
-ADAPTER_CHECKS = (check_method, check_method_keys, check_schedule, check_experts)
+ADAPTER_CHECKS = (check_method, check_method_keys, check_new_tokens, check_schedule, check_experts)

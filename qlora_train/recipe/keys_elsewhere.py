@@ -11,6 +11,7 @@ OLD_KEYS: dict[str, str] = {
     **dict.fromkeys(("bnb_4bit_quant_storage", "bnb_4bit_quant_storage_dtype"), "quant.storage_dtype"),
     **dict.fromkeys(("lora_r", "rank", "lora_rank"), "adapter.r"),
     **dict.fromkeys(("lora_target", "lora_target_modules", "lora_target_linear"), "adapter.target_modules"),
+    **dict.fromkeys(("new_special_tokens", "add_special_tokens", "add_tokens", "special_tokens"), "adapter.new_tokens"),
     **{"lora_alpha": "adapter.alpha", "lora_dropout": "adapter.dropout", "lora_model_dir": "adapter.init_from"},
     **dict.fromkeys(("max_seq_length", "max_length", "cutoff_len", "sequence_len", "model_max_length"), "data.seq_len"),
     **dict.fromkeys(("train_file", "train_files", "dataset", "datasets", "dataset_path"), "data.train"),

@@ -56,7 +56,7 @@ METHODS: dict[str, Method] = {
             "y = W x + (alpha / r) B A x; B starts at zero",
             "2106.09685",
             "default",
-            options=("embeddings",),
+            options=("embeddings", "new_tokens"),
         ),
         Method(
             "rslora",
@@ -65,7 +65,7 @@ METHODS: dict[str, Method] = {
             "2312.03732",
             "useful",
             scaling="alpha / sqrt(r)",
-            options=("embeddings",),
+            options=("embeddings", "new_tokens"),
         ),
         Method(
             "dora",

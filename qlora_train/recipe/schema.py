@@ -86,6 +86,12 @@ class AdapterSection(Section):
         description="lora, rslora: adapt the token embedding too, for new words or another language. Not where it is "
         "tied to the head.",
     )
+    new_tokens: tuple[Name, ...] = Field(
+        (),
+        description="lora, rslora: tokens to train a row for, in the embedding and the head, beside the adapter: "
+        '`["<tool>", "</tool>"]`. Those that the tokenizer knows train the row they have; others are added to it, each '
+        "one id wherever it stands in the rows.",
+    )
     structure: Literal["shim", "icfm", "ctcm", "dtsm"] = Field(
         "shim", description="mtlora: the matrix between B and A. shim: C; icfm: C C^T; ctcm: C D; dtsm: C + D."
     )

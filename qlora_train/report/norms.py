@@ -9,8 +9,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from qlora_train.adapters.fold import read_deltas
+from qlora_train.adapters.fold import read_updates
 from qlora_train.adapters.state import load_adapter_config
+from qlora_train.adapters.updates import Delta
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,9 @@ def module_norms(adapter: Path) -> tuple[ModuleNorm, ...]:
     if load_adapter_config(adapter).method.merges != "fold":
         return ()
     norms = []
-    for name, delta in read_deltas(adapter).items():
+    for name, delta in read_updates(adapter).items():
+        if not isinstance(delta, Delta):  # a table of the vocabulary
+            continue
         norm_A, norm_B = (float(factor.double().norm()) for factor in (delta.lora_A, delta.lora_B))
         delta_weight = delta_norm(delta.lora_A, delta.lora_B, delta.scaling)
         norms.append(ModuleNorm(name.removesuffix(".weight"), norm_A, norm_B, delta_weight))

@@ -12,19 +12,20 @@ from torch import Tensor, nn
 
 from qlora_train.adapters.forms.base import layer_tensors
 from qlora_train.adapters.layers import adapted_layers
+from qlora_train.adapters.tokens import token_layers
 from qlora_train.artifacts.layout import RunDir
 from qlora_train.data.encode import Encoder
 from qlora_train.data.fates import CODE
 from qlora_train.data.loader import MicroBatch, collate
 from qlora_train.data.parity import MAX_ROWS, golden_prompts, parity_fault
 from qlora_train.data.split import Split
-from qlora_train.data.table import TokenTable
+from qlora_train.data.table import TokenRow, TokenTable
 from qlora_train.errors import ModelError, Problem
 from qlora_train.model.checkpointing import decoder_layers
 from qlora_train.model.load import memory_advice, with_end_tokens
 from qlora_train.model.skeleton import head_name, linear_layers
 from qlora_train.model.table import dtype_table
-from qlora_train.names import PEFT_PREFIX
+from qlora_train.names import PEFT_PREFIX, TOKEN_ROWS
 from qlora_train.quant.fingerprint import BasePrint, print_base
 from qlora_train.recipe.methods import METHODS
 from qlora_train.recipe.schema import QuantSection, Recipe
@@ -252,6 +253,7 @@ def check_gradients(job: Job, table: TokenTable, base_digest: str) -> Iterator[F
         named = part.removeprefix("lora_").replace("_", " ")
         if _layers_with(job.model, (part,)):
             yield _reached(f"gradient of {named} after one step", job, whole, (part,))
+    yield from _token_rows_reached(job, whole, table.rows(rows))
     yield from _same_sums(job, (loss, whole), _gradients(job, [batch([row]) for row in rows]))
 
 
@@ -308,6 +310,24 @@ def _reached(what: str, job: Job, tensors: Mapping[str, Tensor], parts: Sequence
         not bad,
         "leave these layers out of adapter.target_modules, or report the architecture",
     )
+
+
+def _token_rows_reached(job: Job, gradients: Mapping[str, Tensor], rows: Sequence[TokenRow]) -> Iterator[Finding]:
+    """Gradients of new tokens in each table: of a head all have one, of an embedding those read before a loss."""
+    own = {name: layer for name, layer in token_layers(job.model).items() if layer.tied_adapter is None}
+    read = {number for row in rows for number in row.ids[: row.span_stops[-1] - 1].tolist()}
+    for name, layer in own.items():
+        reads_only = isinstance(layer.get_base_layer(), nn.Embedding) and len(own) > 1
+        due = [at for at, number in enumerate(layer.token_indices["default"]) if number in read or not reads_only]
+        norms = gradients[f"{PEFT_PREFIX}{name}.{TOKEN_ROWS}.default"].norm(dim=1)
+        reached = sum(0 < float(norms[at]) < float("inf") for at in due)
+        yield Finding(
+            f"gradient of new tokens in {name}",
+            f"in {reached} of {len(due)} rows",
+            "all" + (" that these rows of the data read" if reads_only else ""),
+            reached == len(due),
+            "report the architecture",
+        )
 
 
 def _layers_with(model: nn.Module, parts: Sequence[str]) -> list[str]:

@@ -64,9 +64,14 @@ def describe(prepared: Prepared) -> None:
     adapter_mib, full_mib = facts.num_trainable * 16 / 2**20, (facts.num_trainable + facts.num_frozen) * 12 / 2**20
     reporter.message(
         f"adapter: {facts.num_trainable:,} trainable parameters ({facts.trainable_frac:.2%}) on "
-        f"{len(facts.modules)} layers; {adapter_mib:,.0f} MiB with gradient and AdamW moments, "
-        f"full fine-tuning {full_mib:,.0f} MiB"
+        f"{len(facts.modules)} layers{_rows_words(facts.token_rows)}; {adapter_mib:,.0f} MiB with gradient and AdamW "
+        f"moments, full fine-tuning {full_mib:,.0f} MiB"
     )
+
+
+def _rows_words(tables: tuple[str, ...]) -> str:
+    """Where new tokens have rows that train."""
+    return f" and rows of new tokens in {', '.join(tables)}" if tables else ""
 
 
 @contextlib.contextmanager

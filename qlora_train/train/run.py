@@ -190,6 +190,8 @@ def _publish(prepared: Prepared, state: TrainState, memory: MemoryLog) -> None:
     bound = {"step": state.best_step or state.step, **job.binding.as_dict()}
     with publishing(job.run_dir.adapter, manifest=bound, replace=True) as folder:
         save_adapter(job.model, folder)
+        if job.recipe.adapter.new_tokens:  # other programs need the ids that its rows belong to
+            job.tokenizer.save_pretrained(str(folder))
     memory.compare()
     memory.write()
 

@@ -15,6 +15,7 @@ from accelerate.state import AcceleratorState
 
 from qlora_train.adapters.attach import AdapterFacts, adapter_facts, attach_adapter
 from qlora_train.adapters.schedules import method_hooks
+from qlora_train.adapters.tokens import NewTokens, indices_for
 from qlora_train.artifacts.layout import RunDir
 from qlora_train.data.account import build_loader, steps_notice
 from qlora_train.data.loader import Loader
@@ -47,6 +48,8 @@ from qlora_train.model.start import (
     start_from_inputs,
     start_from_weights,
 )
+from qlora_train.model.tokens import LOOKED_AT, add_new_tokens, unused_tokens
+from qlora_train.model.tokens import describe as describe_tokens
 from qlora_train.recipe.schema import Recipe
 from qlora_train.train.disk import refuse_full_disk
 from qlora_train.train.job import Job
@@ -69,6 +72,20 @@ class Inputs:
     skeleton: torch.nn.Module
     train: Split
     eval: Split | None
+    tokens: NewTokens | None = None  # of adapter.new_tokens
+
+    def tokens_notice(self) -> str | None:
+        """The new tokens, and how the embedding grows for them."""
+        return describe_tokens(self.tokens, self.config.get_text_config().vocab_size) if self.tokens else None
+
+    def unused_notice(self) -> str | None:
+        """New tokens of which nothing can be learned."""
+        if self.tokens is None or not (unused := unused_tokens(self.train.table, self.tokens)):
+            return None
+        verb, first = "occurs" if len(unused) == 1 else "occur", ""
+        if self.train.table.num_rows > LOOKED_AT:
+            first = f"first {LOOKED_AT:,} "
+        return f"adapter.new_tokens: {', '.join(unused)} {verb} in none of the {first}training rows"
 
 
 @dataclass(frozen=True)
@@ -95,6 +112,7 @@ def load_inputs(recipe: Recipe, *, weights: bool = True) -> Inputs:
     source = resolve_source(recipe.model, weights=weights)
     config = load_config(source)
     tokenizer = load_tokenizer(source, recipe.model.chat_template)
+    tokens = add_new_tokens(tokenizer, recipe.adapter.new_tokens)
     skeleton = build_skeleton(config)
     collected = Collected()
     for check in _model_checks(recipe, config, skeleton, device):
@@ -106,13 +124,17 @@ def load_inputs(recipe: Recipe, *, weights: bool = True) -> Inputs:
     for folder in _given_adapters(recipe):
         with collected:
             check_start(folder)
+    if tokens is not None:
+        with collected:
+            indices_for(skeleton, tokens)
+    num_added = tokens.num_lacking(config.get_text_config().vocab_size) if tokens else 0
     with collected:
         train, held_out = load_splits(recipe, tokenizer)
         for split in (train, held_out):
             if split is not None:
-                check_vocabulary(split.largest_id, config)
+                check_vocabulary(split.largest_id, config, num_added)
     collected.raise_if_any()
-    return Inputs(source, config, tokenizer, skeleton, train, held_out)
+    return Inputs(source, config, tokenizer, skeleton, train, held_out, tokens)
 
 
 def _model_checks(recipe: Recipe, config: Any, skeleton: torch.nn.Module, device: torch.device) -> list[Check]:
@@ -147,6 +169,10 @@ def prepare(
     for split in (inputs.train, inputs.eval):
         if split is not None:
             reporter.message(split.audit.summary())
+    if notice := inputs.tokens_notice():
+        reporter.message(notice)
+    if notice := inputs.unused_notice():
+        reporter.warning(notice)
     if notice := refuse_full_disk(recipe, inputs.config, run_dir):
         reporter.warning(notice)
     verify_download(inputs.source)
@@ -154,7 +180,12 @@ def prepare(
     CausalModel(base.model).check_head()
     add_end_tokens(base.model, inputs.train.end_token_ids)
     model = attach_adapter(
-        base.model, recipe.adapter, recipe.run.seed, base_name=inputs.source.name, fused=recipe.train.fused
+        base.model,
+        recipe.adapter,
+        recipe.run.seed,
+        base_name=inputs.source.name,
+        fused=recipe.train.fused,
+        tokens=inputs.tokens,
     )
     causal = CausalModel(model)
     is_new = checkpoint is None and recipe.adapter.init_from is None

@@ -13,7 +13,6 @@ from qlora_train.export.tensors import Onto
 from qlora_train.export.verify import Reference, Verdict, room_for, worst_layer
 from qlora_train.model.causal import CausalModel
 from qlora_train.model.hollow import build_hollow
-from qlora_train.model.skeleton import load_config
 from qlora_train.model.source import Source
 from qlora_train.model.trained import FinishedRun
 
@@ -52,13 +51,13 @@ def measure(
     worst = None
     if dtype is not None and onto == "dequantized":
         names = run.base_print.tensors
-        worst = worst_layer(run, reference, lambda name: weights.value(name).float(), names.__contains__, dtype)
+        worst = worst_layer(run, reference, weights, names.__contains__, dtype)
     if reference.how == "layers":
-        model = build_hollow(load_config(source), reference.device)
+        model = build_hollow(run.config(source), reference.device)
         (seen,) = observe_in_layers(model, weights, reference.batches, reference.device)
     else:
         device = room_for(run, reference.device)
-        model = build_hollow(load_config(source), device)
+        model = build_hollow(run.config(source), device)
         fill_whole(model, weights)
         seen = observe(CausalModel(model), reference.batches, device)
     export = run.recipe.export

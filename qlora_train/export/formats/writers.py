@@ -33,7 +33,7 @@ from qlora_train.export.layers import CandidateWeights, TrainedWeights, Weights
 from qlora_train.export.licence import Licence
 from qlora_train.export.tensors import MergedTensors, Onto
 from qlora_train.model.hollow import build_hollow
-from qlora_train.model.skeleton import build_skeleton, head_name, linear_layers, load_config
+from qlora_train.model.skeleton import build_skeleton, head_name, linear_layers
 from qlora_train.model.source import Source
 from qlora_train.model.trained import FinishedRun
 from qlora_train.quant.bnb import Params4bit, QuantSettings, cpu_width_multiple
@@ -61,8 +61,8 @@ class Job:
 
     @property
     def config(self) -> Any:
-        """transformers' config of the base."""
-        return load_config(self.source)
+        """transformers' config of the merged model."""
+        return self.run.config(self.source)
 
     def linear_names(self) -> list[str]:
         """The linear layers but the head."""
@@ -252,7 +252,8 @@ def _finish_four_bit(
     """What lies beside 4-bit weights, and the weights read back."""
     writer.close()
     _refuse_unused(tensors)
-    write_configs(folder, job.source, job.end_token_ids, "bfloat16", quantisation)
+    vocab_size = job.config.vocab_size
+    write_configs(folder, job.source, job.end_token_ids, "bfloat16", quantisation, vocab_size=vocab_size)
     job.tokenizer.save_pretrained(str(folder))
     write_golden(folder, job.golden)
     check_parity(folder, job.golden)

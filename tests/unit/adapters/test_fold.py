@@ -58,7 +58,6 @@ def test_deltas_by_the_base_s_names(folder: Path, rslora: bool, scaling: float) 
         {"use_qalora": True},
         {"modules_to_save": ["lm_head"]},
         {"lora_bias": True},
-        {"trainable_token_indices": [1]},
     ],
     ids=str,
 )
