@@ -8,6 +8,7 @@ import os
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
 
 import random
+import signal
 import sys
 from pathlib import Path
 
@@ -19,6 +20,11 @@ from tests.tiny import build_tiny_llama
 # The same examples every time, and no verdict that depends on the speed of the machine.
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
 settings.load_profile("repeatable")
+
+
+# Ignored where a shell started this in the background; tests send it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -18,6 +18,7 @@ from qlora_train.adapters.forms.delta import select_modules
 from qlora_train.adapters.layers import LoraEmbedding, adapted_layers, use_fused
 from qlora_train.adapters.state import has_embeddings, load_adapter_config, restore_adapter
 from qlora_train.adapters.tokens import NewTokens, build_peft_model, indices_for, start_rows, token_layers
+from qlora_train.artifacts.folders import read_manifest
 from qlora_train.errors import ModelError
 from qlora_train.quant.fingerprint import base_parameter_name
 from qlora_train.recipe.methods import METHODS
@@ -128,8 +129,7 @@ def _continue_from(model: nn.Module, section: AdapterSection, tokens: NewTokens 
     asked, there = _described(wanted), _described(config)
     if "embeddings" in wanted.options:
         asked["embeddings"], there["embeddings"] = section.embeddings, has_embeddings(section.init_from)
-        asked["new_tokens"] = f"the ids {tokens.sorted_ids}" if tokens else "none"
-        there["new_tokens"] = f"the ids {sorted(config.token_ids)}" if config.token_ids else "none"
+        asked["new_tokens"], there["new_tokens"] = _tokens_asked_and_there(section, tokens, config)
     if not isinstance(section.target_modules, str):  # the default asks for nothing in particular
         asked["target_modules"] = sorted(
             _with_embedding(model, section) if section.embeddings else section.target_modules
@@ -142,6 +142,21 @@ def _continue_from(model: nn.Module, section: AdapterSection, tokens: NewTokens 
             f"adapter.init_from: {section.init_from}: {what}", fix="write the adapter's own values in the recipe"
         )
     return load_adapter(model, section.init_from, trainable=True, dropout=section.dropout, fused=fused)
+
+
+def _tokens_asked_and_there(
+    section: AdapterSection, tokens: NewTokens | None, config: AdapterConfig
+) -> tuple[object, object]:
+    """By their texts where the folder's manifest has them, for ids follow their order; else, and if equal, by ids."""
+    assert section.init_from is not None
+    try:
+        texts = read_manifest(section.init_from)["recipe"]["adapter.new_tokens"]
+    except (OSError, ValueError, KeyError):
+        texts = None  # not of a run of ours, or of one before there was this key
+    if texts is not None and texts != list(section.new_tokens):
+        return list(section.new_tokens) or "none", texts or "none"
+    there = f"the ids {sorted(config.token_ids)}" if config.token_ids else "none"
+    return f"the ids {tokens.sorted_ids}" if tokens else "none", there
 
 
 def _described(config: AdapterConfig) -> dict[str, object]:

@@ -138,7 +138,8 @@ def how_to_verify(run: FinishedRun) -> How:
         if asked == "layers":
             method = run.recipe.adapter.method
             raise ModelError(
-                f"export.verify: layers serves adapters that add a product of two factors, and this one is {method}",
+                "export.verify: layers serves adapters that add products of two factors or rows of tokens, and this "
+                f"one is {method}",
                 fix="export with export.verify=whole",
             )
         return "whole"

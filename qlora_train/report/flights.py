@@ -119,11 +119,20 @@ def _modules(flight: Flight) -> list[ModuleRow]:
             last=f"{gradients[-1]:.3g}" if gradients else ABSENT,
             now=f"{_norm(here):.3g}" if here else ABSENT,
             value=f"{values[-1]:.3g}" if values else ABSENT,
-            grown=f"{100 * (values[-1] / values[0] - 1):+.2g} %" if len(values) > 1 and values[0] else ABSENT,
+            grown=_percent(values[-1] / values[0] - 1) if len(values) > 1 and values[0] else ABSENT,
         )
         growth = gradients[-1] / usual if usual else 0.0
         ranked.append((all(map(math.isfinite, here)), -growth, row))
     return [row for *_, row in sorted(ranked, key=lambda entry: entry[:2])]
+
+
+def _percent(share: float) -> str:
+    """A change, in as many digits as one reads.
+
+    >>> _percent(1.5), _percent(0.0123), _percent(-0.5), _percent(30.0)
+    ('+150 %', '+1.2 %', '-50 %', '+3,000 %')
+    """
+    return f"{100 * share:+,.0f} %" if abs(share) >= 0.1 else f"{100 * share:+.2g} %"
 
 
 def _together(columns: Sequence[Sequence[float]]) -> list[float]:

@@ -81,14 +81,18 @@ def happenings(run: RunFacts) -> list[Happening]:
     for group in _in_a_row(run.events):
         parts[_part_of(run, group[0].step)].append(_event(group))
     flights = {flight.step: flight for flight in run.flights}
-    for _, same in groupby(run.ends, lambda end: (end.kind, end.problems)):
+    for (_, _, part), same in groupby(run.ends, lambda end: (end.kind, end.problems, _resumes_before(run, end))):
         ends = list(same)
         flight = next((flights.pop(step) for step in list(flights) if _tells_of(ends[-1], run, step)), None)
-        parts[sum(resume.time <= ends[-1].time for resume in run.resumes)].append(_ended(ends, flight))
+        parts[part].append(_ended(ends, flight))
     for step in flights:  # of which no error tells: before the resume that made the step anew
         later = _part_of(run, step)
         parts[max(later - 1, 0) if step <= run.last_step else later].append(_lost_flight(step))
     return _few([row for part in parts for row in part])
+
+
+def _resumes_before(run: RunFacts, end: End) -> int:
+    return sum(resume.time <= end.time for resume in run.resumes)
 
 
 def ending(run: RunFacts) -> End | None:
@@ -179,7 +183,7 @@ def _value(value: Any) -> str:
 def _ended(ends: Sequence[End], flight: Flight | None) -> Happening:
     """An error; several ones that say the same are one. A refusal is of no step: the run stays as it was."""
     end = ends[-1]
-    times = [f"{len(ends)} times, last at {end.time:%H:%M}"] if len(ends) > 1 else []
+    times = [f"{len(ends)} times, last at {end.time:%Y-%m-%d %H:%M}"] if len(ends) > 1 else []
     details = _plain([*_told(end.problems), *times])
     if end.kind not in _STOPS:
         return Happening(f"end {end.kind}", plain(f"Refused ({end.kind})"), details, None, when=end.time)

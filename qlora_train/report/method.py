@@ -13,7 +13,6 @@ from qlora_train.report.facts import RunFacts
 from qlora_train.report.svg import COLOURS, SERIES, Drawing
 from qlora_train.report.words import plain
 
-MOST_CHARTS = 6
 _TITLES = {
     "num_triplets": ("Triplets left", "Of all layers, as the schedule of ranks has it."),
     "num_frozen_tensors": ("Frozen tensors", "Factors that the method no longer trains."),
@@ -33,7 +32,7 @@ def method_charts(runs: Sequence[RunFacts], marks: Sequence[Mark]) -> list[Chart
         families.setdefault(_MEMBER.sub("", name), []).append(name)
     return [
         _chart(runs, marks, family, members, f"method{place}")
-        for place, (family, members) in enumerate(list(families.items())[:MOST_CHARTS])
+        for place, (family, members) in enumerate(families.items())
     ]
 
 

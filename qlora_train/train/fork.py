@@ -17,7 +17,7 @@ from qlora_train.artifacts.files import append_json_line
 from qlora_train.artifacts.layout import RunDir
 from qlora_train.errors import Problem, RecipeError, ResumeError
 from qlora_train.recipe.schema import Recipe
-from qlora_train.train.keys import WEIGHTS, trajectory_keys
+from qlora_train.train.keys import WEIGHTS, default_of, trajectory_keys
 from qlora_train.train.state import Binding
 
 Level = Literal["D2", "D1", "D0"]
@@ -121,11 +121,15 @@ def check_allowed(keys: Iterable[str], recipe: Recipe) -> frozenset[str]:
 def recipe_changes(
     stored: Mapping[str, Any], now: Mapping[str, Any], origins: Mapping[str, str] = NO_ORIGINS
 ) -> list[Change]:
-    """Keys that decide what is trained, and are not as the checkpoint has them."""
+    """Keys that decide what is trained, and are not as the checkpoint has them.
+
+    A key that came after the checkpoint had its default there.
+    """
+    then = {key: stored.get(key, default_of(key)) for key in {*stored, *now}}
     return [
-        Change(key, stored.get(key), now.get(key), origins.get(key.removesuffix(".weight"), ""))
-        for key in sorted(set(stored) | set(now))
-        if stored.get(key) != now.get(key)
+        Change(key, then[key], now.get(key), origins.get(key.removesuffix(".weight"), ""))
+        for key in sorted(then)
+        if then[key] != now.get(key)
     ]
 
 
@@ -142,10 +146,11 @@ def binding_changes(
 
 
 def environment_changes(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
-    """What the machine computes with, and is not as it was: the same rows, perhaps rounded otherwise."""
-    if not stored:
-        return []
-    then, here = _flat(stored), _flat(now)
+    """What the machine computes with, and is not as it was: the same rows, perhaps rounded otherwise.
+
+    What was not recorded then is not compared.
+    """
+    then, here = _flat(stored), _flat({key: value for key, value in now.items() if key in stored})
     return [
         Change(key, then.get(key), here.get(key))
         for key in dict.fromkeys((*here, *then))
@@ -154,7 +159,7 @@ def environment_changes(stored: Mapping[str, Any], now: Mapping[str, Any]) -> li
 
 
 def _flat(environment: Mapping[str, Any]) -> dict[str, Any]:
-    named = {key: environment.get(key) for key in (*_ENVIRONMENT, "code_sha256")}
+    named = {key: environment[key] for key in (*_ENVIRONMENT, "code_sha256") if key in environment}
     parts = ((part, name, value) for part in _MAPPINGS for name, value in environment.get(part, {}).items())
     return named | {f"{part}.{name}": value for part, name, value in parts}
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic_core import to_jsonable_python
+
 from qlora_train.recipe.schema import Recipe
 
 # Sections that only concern what is measured or made of the adapter.
@@ -77,6 +79,16 @@ WEIGHTS = "data.train.weight"  # how often each source comes: the part of data.t
 def is_neutral(key: str) -> bool:
     """Whether a key of the recipe, dotted, leaves every bit of the training as it is."""
     return key in NEUTRAL_KEYS or key.partition(".")[0] in NEUTRAL_SECTIONS
+
+
+def default_of(key: str) -> Any:
+    """The value, as JSON has it, of a dotted key that a recipe does not name; None for one that has no default."""
+    section, _, name = key.partition(".")
+    sections: Any = Recipe.model_fields
+    field = sections[section].annotation.model_fields.get(name) if section in sections else None
+    if field is None or field.is_required():
+        return None
+    return to_jsonable_python(field.get_default(call_default_factory=True))
 
 
 def trajectory_keys(recipe: Recipe) -> dict[str, Any]:

@@ -142,9 +142,10 @@ def optimizer_figures(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """The rate of each group by name, where there are several; empty for one."""
+    """The rate of each group by name, where groups have several; empty where all have one."""
     groups = optimizer.param_groups
-    return {group["name"]: group["lr"] for group in groups} if len(groups) > 1 else {}
+    ratios = {group.get("lr_ratio", 1.0) for group in groups}
+    return {group["name"]: group["lr"] for group in groups} if len(ratios) > 1 else {}
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

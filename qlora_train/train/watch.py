@@ -8,6 +8,8 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from qlora_train.names import TOKEN_ROWS
+
 WINDOW = 50  # steps that a loss is held against
 LEAST = 20  # of them before a spike can be told
 # Of 373 logged steps of the recipes quickstart, spelling and jargon, none lies above 4.
@@ -40,9 +42,11 @@ class DeadAdapters:
     """
 
     def __init__(self, names: Sequence[str], weight_norms: Tensor, *, from_start: bool = True) -> None:
-        self._layers = [name.partition(".lora_")[0] for name in names]
-        self._start = weight_norms
-        self._reached = torch.zeros(len(names), dtype=torch.bool, device=weight_norms.device)
+        # Rows of new tokens wait until their tokens are read.
+        self._places = [place for place, name in enumerate(names) if f".{TOKEN_ROWS}" not in name]
+        self._layers = [names[place].partition(".lora_")[0] for place in self._places]
+        self._start = weight_norms[self._places]
+        self._reached = torch.zeros(len(self._places), dtype=torch.bool, device=weight_norms.device)
         self._moved = self._reached.clone()
         self._steps = 0 if from_start else FEW_STEPS
         self._zero_steps = 0
@@ -52,8 +56,8 @@ class DeadAdapters:
         self._steps += 1
         self._zero_steps = 0 if grad_norm else self._zero_steps + 1
         if self._steps <= FEW_STEPS:
-            self._reached |= grad_norms > 0
-            self._moved |= weight_norms != self._start
+            self._reached |= grad_norms[self._places] > 0
+            self._moved |= weight_norms[self._places] != self._start
         if self._steps == FEW_STEPS:
             return self._first_steps(learning_rate)
         if self._zero_steps == ZERO_STEPS and self._steps > FEW_STEPS:

@@ -17,6 +17,7 @@ from qlora_train.adapters.fold import read_deltas, read_updates
 from qlora_train.adapters.state import CONFIG, load_adapter_config, save_adapter
 from qlora_train.adapters.tokens import NewTokens, mean_row, token_layers
 from qlora_train.adapters.updates import VocabularyRows
+from qlora_train.artifacts.folders import publishing
 from qlora_train.errors import ModelError
 from qlora_train.model.causal import CausalModel
 from qlora_train.model.load import to_float32
@@ -169,6 +170,15 @@ def test_going_on_needs_the_same_tokens(folder: Path, saved: Path) -> None:
         attach_adapter(tiny_base(folder).model, section, 0, base_name="tiny")
     with pytest.raises(ModelError, match=r"the ids \[5, 300\] there and the ids \[5, 7\] here"):
         attached(folder, (5, 7), init_from=saved)
+
+
+def test_going_on_from_a_run_needs_its_tokens_in_their_order(folder: Path, tmp_path: Path) -> None:
+    for name, texts in (("same", TEXTS), ("swapped", TEXTS[::-1])):
+        with publishing(tmp_path / name, manifest={"recipe": {"adapter.new_tokens": list(texts)}}) as inside:
+            save_adapter(attached(folder), inside)
+    attached(folder, init_from=tmp_path / "same")
+    with pytest.raises(ModelError, match=r"new_tokens is \[.*\] there and \[.*\] here"):
+        attached(folder, init_from=tmp_path / "swapped")
 
 
 @pytest.mark.parametrize(

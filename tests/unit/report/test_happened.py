@@ -95,7 +95,11 @@ def test_everything_stands_in_its_order_with_both_sides(own: RunDir) -> None:
         "loss 9.5; the steps before let expect at most 2.5",
         "rows 0, 1, 2, 3 of /data/rows.jsonl; and 2 more",
     )
-    assert rows[2].details == ("train.epochs: 1 at the checkpoint, 2 now", "Fix: restore it", "2 times, last at 17:12")
+    assert rows[2].details == (
+        "train.epochs: 1 at the checkpoint, 2 now",
+        "Fix: restore it",
+        "2 times, last at 2026-11-22 17:12",
+    )
     assert rows[3].details == ("from the checkpoint of step 10: bit for bit the undisturbed run (D2)",)
     assert rows[5].details == (
         "from the checkpoint of step 20: another course from here on (D0)",
@@ -105,6 +109,13 @@ def test_everything_stands_in_its_order_with_both_sides(own: RunDir) -> None:
     )
     assert rows[6].details[0] == "loss up to 8; the steps before let expect at most 2.5"
     assert ending(run) is None, "it went on, and ended well"
+
+
+def test_the_same_end_before_and_after_a_resume_is_two(own: RunDir) -> None:
+    end_at(own, 20)
+    write_lines(own.errors, *(end_line("memory", 9, minute, 20, "out of memory") for minute in (10, 30)))
+    write_lines(own.resumes, resume_line(10, 20))
+    assert told(happenings(facts_of(own))) == [("20", "Out of memory"), ("10", "Resumed"), ("20", "Out of memory")]
 
 
 def test_the_page_has_them_as_a_table_and_as_marks(own: RunDir) -> None:

@@ -25,7 +25,7 @@ from qlora_train.train.fork import (
     refuse_changes,
     refuse_idle,
 )
-from qlora_train.train.keys import trajectory_keys
+from qlora_train.train.keys import default_of, trajectory_keys
 from qlora_train.train.state import Binding
 from tests.unit.train.test_keys import RECIPE
 
@@ -63,20 +63,29 @@ def test_another_fingerprint_is_named_with_both_sides(key: str, words: str) -> N
 
 
 def test_every_differing_key_is_in_the_table_with_its_place() -> None:
-    then = {**stored()["recipe"], "train.learning_rate": 0.5, "adapter.lost": 1}
-    del then["run.seed"]
+    then = {**stored()["recipe"], "train.learning_rate": 0.5, "adapter.lost": 1, "run.seed": 7}
     changes = recipe_changes(then, BINDING.recipe, {"train.learning_rate": "r.yaml:12", "run.seed": "command line"})
     with pytest.raises(OtherRun) as caught:
         refuse_changes(changes, NOBODY, "step-000004")
     rows = [line.split() for line in str(caught.value).splitlines() if line.startswith("  ")]
     assert rows[1:] == [
         ["adapter.lost", "1", "None"],
-        ["run.seed", "None", "0", "command", "line"],
+        ["run.seed", "7", "0", "command", "line"],
         ["train.learning_rate", "0.5", "0.0002", "r.yaml:12"],
     ]
     assert caught.value.exit_code == ResumeError.exit_code and len(caught.value.problems) == 3
     assert caught.value.problems[2].where == "r.yaml:12"
     assert "--allow-change" not in str(caught.value), "of an adapter key, no run can be a fork"
+
+
+def test_a_key_that_came_after_the_checkpoint_had_its_default_there() -> None:
+    then = stored()["recipe"]
+    for key in ("adapter.new_tokens", "adapter.target_modules", "run.seed", "train.adam_beta2", "data.format"):
+        del then[key]
+    assert recipe_changes(then, BINDING.recipe) == []
+    (change,) = recipe_changes(then, {**BINDING.recipe, "adapter.new_tokens": ["<t>"]})
+    assert (change.key, change.old, change.new) == ("adapter.new_tokens", [], ["<t>"])
+    assert default_of("data.train") is default_of("no.such") is None, "these have none"
 
 
 def test_a_fork_is_offered_where_all_may_change() -> None:
@@ -140,6 +149,9 @@ def test_of_a_machine_what_computes_is_compared() -> None:
     }
     assert environment_changes(then, {**then, "cpu_count": 64}) == [], "cores that are not used"
     assert environment_changes({}, then) == [], "a checkpoint that does not say"
+    assert environment_changes(then, {**then, "cpu_features": {"amx_bf16": True}}) == [], "nor this one, of this"
+    lost = environment_changes({**then, "cpu_features": {"avx2": True}}, {**then, "cpu_features": {}})
+    assert [(change.key, change.old, change.new) for change in lost] == [("cpu_features.avx2", True, None)]
     now = {**then, "threads": 4, "device": "cuda", "versions": {"torch": "2.16.0", "peft": "1"}, "code_sha256": "b"}
     found = {change.key: (change.old, change.new) for change in environment_changes(then, now)}
     assert found == {

@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 
+from qlora_train.names import TOKEN_ROWS
 from qlora_train.train.watch import FEW_STEPS, LEAST, WINDOW, ZERO_STEPS, DeadAdapters, spike_limit
 
 NAMES = ("a.q_proj.lora_A", "a.q_proj.lora_B", "b.q_proj.lora_A", "b.q_proj.lora_B")
@@ -46,6 +47,14 @@ def test_a_has_no_gradient_in_the_first_step() -> None:
     dead = DeadAdapters(NAMES, START)
     assert dead.look(torch.tensor([0.0, 1.0, 0.0, 1.0]), MOVED, 1.4, 1e-4) == []
     assert dead.look(torch.ones(4), MOVED, 2.0, 1e-4) == []
+
+
+def test_rows_of_tokens_wait_until_their_tokens_are_read() -> None:
+    names = (*NAMES, f"model.embed_tokens.{TOKEN_ROWS}")
+    start, moved = (torch.cat([norms, torch.ones(1)]) for norms in (START, MOVED))
+    dead = DeadAdapters(names, start)
+    for _ in range(FEW_STEPS + 1):
+        assert dead.look(torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0]), moved, 2.0, 1e-4) == []
 
 
 def test_a_resumed_run_has_no_first_steps() -> None:
