@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from qlora_train.names import TOKEN_ROWS
 from qlora_train.report.facts import RunFacts
 from qlora_train.report.happened import ending
 from qlora_train.report.shapes import Flight
@@ -106,7 +107,7 @@ def _modules(flight: Flight) -> list[ModuleRow]:
     before, now = flight.last_steps, flight.this_step.grad_norm_of
     tensors: dict[str, list[str]] = {}
     for name in dict.fromkeys((*before.grad_norm_of, *now)):
-        tensors.setdefault(name.partition(".lora_")[0], []).append(name)
+        tensors.setdefault(_module_of(name), []).append(name)
     ranked = []
     for module, names in tensors.items():
         gradients = _together([before.grad_norm_of[name] for name in names if name in before.grad_norm_of])
@@ -124,6 +125,16 @@ def _modules(flight: Flight) -> list[ModuleRow]:
         growth = gradients[-1] / usual if usual else 0.0
         ranked.append((all(map(math.isfinite, here)), -growth, row))
     return [row for *_, row in sorted(ranked, key=lambda entry: entry[:2])]
+
+
+def _module_of(tensor: str) -> str:
+    """What a trained tensor belongs to.
+
+    >>> _module_of("layers.0.q_proj.lora_A"), _module_of(f"embed_tokens.{TOKEN_ROWS}")
+    ('layers.0.q_proj', 'embed_tokens, rows of new tokens')
+    """
+    module, is_rows, _ = tensor.partition(f".{TOKEN_ROWS}")
+    return f"{module}, rows of new tokens" if is_rows else tensor.partition(".lora_")[0]
 
 
 def _percent(share: float) -> str:
