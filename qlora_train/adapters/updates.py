@@ -130,7 +130,14 @@ class VocabularyRows:
         """The table with these rows in place of its own, and after them."""
         shape = self.shape_from(tuple(weight.shape))
         assert shape is not None, "checked before"
-        made = weight.new_empty(shape)
-        made[: len(weight)] = weight
-        made[list(self.ids)] = self.rows.to(weight)
+        return self.applied_between(0, shape[0], weight, weight.dtype)
+
+    def applied_between(self, start: int, stop: int, held: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows start to stop of that table in a dtype, from those among them that the base has. No other copy."""
+        here = [at for at, number in enumerate(self.ids) if start <= number < stop]
+        places = [self.ids[at] - start for at in here]
+        assert len(held) + sum(place >= len(held) for place in places) == stop - start, "each row is in one of the two"
+        made = held.new_empty((stop - start, held.shape[1]), dtype=dtype)
+        made[: len(held)] = held
+        made[places] = self.rows[here].to(made)
         return made

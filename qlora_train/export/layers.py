@@ -82,12 +82,12 @@ class CandidateWeights:
 
     def value(self, name: str) -> Tensor:
         """Merged anew each time."""
-        exact = self.tensors.exact(self.tensors.base.stored[name].name)
+        exact = self.tensors.exact(self.tensors.base.stored[name].name, self.export_dtype)
         return exact.to(self.export_dtype).float()
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Of a tensor that is neither quantised nor adapted; else the whole is made for them."""
-        rows = self.tensors.untouched_rows(name, start, stop)
+        """Of an embedding or a head that is not adapted or by single rows; else the whole is made for them."""
+        rows = self.tensors.rows(name, start, stop)
         return self.value(name)[start:stop] if rows is None else rows.to(self.export_dtype).float()
 
 

@@ -8,7 +8,7 @@ The base is read from the safetensors files that training read; no model is buil
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,7 @@ class Caster:
         ModelError when the base's tensor is not the one of the run, and when the dtype cannot hold a value.
         """
         name = self.tensors.parameter(stored)
-        exact = self.tensors.exact(stored)
+        exact = self.tensors.exact(stored, self.export_dtype)
         with self.tensors.base.clock.of("cast"):
             exported = exact.to(self.export_dtype)
             if not is_finite(exported):
@@ -78,7 +78,8 @@ class Caster:
                     fix="export with export.export_dtype=bfloat16",
                 )
             if (change := self.tensors.changes.get(name)) is not None:
-                self.rows.append(ModuleRow(name, **asdict(change), rounding_norm=difference_norm(exported, exact)))
+                rounding = change.rounding_norm + difference_norm(exported, exact)  # one of the two is 0
+                self.rows.append(ModuleRow(name, **asdict(replace(change, rounding_norm=rounding))))
         return exported
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qlora_train.adapters.fold import read_updates
 from qlora_train.adapters.state import WEIGHTS
+from qlora_train.adapters.updates import VocabularyRows
 from qlora_train.artifacts.files import read_json
 from qlora_train.artifacts.folders import MANIFEST
 from qlora_train.errors import ModelError
@@ -26,6 +27,7 @@ from qlora_train.model.trained import FinishedRun
 
 Onto = Literal["dequantized", "original", "requantized"]
 _BLOCK = 2**22  # values that norms are summed over at a time
+_BLOCK_ROWS = 4096  # of a table that are merged at a time
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Change:
     weight_norm: float
     delta_norm: float
     quant_error_norm: float  # of quantisation: ||W - W4||; 0 where the base is not quantised
+    rounding_norm: float = 0.0  # of a table with trained rows that `exact` gave rounded
 
 
 class MergedTensors:
@@ -74,11 +77,13 @@ class MergedTensors:
         shape, update = self.base.recorded(name).shape, self.updates.get(name)
         return shape if update is None else update.shape_from(shape) or shape
 
-    def exact(self, stored: str) -> Tensor:
-        """One tensor on the run's device, before any rounding.
+    def exact(self, stored: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """One tensor on the run's device, before any rounding but one.
 
-        float32 where something was computed; where the tensor is the base's own and not quantised, its own dtype.
-        Time is dominated by quantising again. Memory: about five times the tensor in float32.
+        float32 where something was computed; where the tensor is the base's own and not quantised, its own dtype. A
+        table with trained rows, the largest tensor there is, comes in `dtype`, to which the caller rounds anyway.
+        Time is dominated by quantising again. Memory: about five times the tensor in float32; for such a table itself,
+        as training held it, and what is returned.
         """
         name = self._parameter[stored]
         original = self.base.original(name)
@@ -86,8 +91,10 @@ class MergedTensors:
         quantised = self.base.recorded(name).quantised
         update = self.updates.get(name)
         with self.base.clock.of("merge"):
-            if update is None and not quantised:
-                return original if self.onto == "original" else held
+            if not quantised and (update is None or isinstance(update, VocabularyRows)):
+                start = original if self.onto == "original" else held
+                del original, held
+                return start if update is None else self._with_rows(name, update, start, dtype)
             trained = as_float32(held)
             del held
             before = self.base.started(name, original)  # of quantising
@@ -104,11 +111,31 @@ class MergedTensors:
                 return as_float32(self.base.requantised(merged))
         return merged
 
-    def untouched_rows(self, name: str, start: int, stop: int) -> Tensor | None:
-        """Rows of a parameter that is neither quantised nor adapted, on the host; None for one that is."""
-        if name in self.updates or self.base.recorded(name).quantised:
+    def rows(self, name: str, start: int, stop: int) -> Tensor | None:
+        """Rows of a parameter as `exact` has them, on the host; None where they take the whole of it to make.
+
+        That is one that is quantised, or adapted by more than single rows.
+        """
+        recorded, update = self.base.recorded(name), self.updates.get(name)
+        if recorded.quantised or not (update is None or isinstance(update, VocabularyRows)):
             return None
-        return self.base.rows(name, start, stop, original=self.onto == "original")
+        ends = (min(end, recorded.shape[0]) for end in (start, stop))
+        held = self.base.rows(name, *ends, original=self.onto == "original")
+        return held if update is None else update.applied_between(start, stop, held, torch.float32)
+
+    def _with_rows(self, name: str, update: VocabularyRows, table: Tensor, dtype: torch.dtype) -> Tensor:
+        """A table with trained rows, rounded to `dtype` a block at a time; what changed is noted."""
+        shape = self.shape(self.base.stored[name].name)
+        merged = table.new_empty(shape, dtype=dtype)
+        delta = rounding = 0.0
+        for start in range(0, shape[0], _BLOCK_ROWS):
+            stop, held = min(start + _BLOCK_ROWS, shape[0]), table[start : start + _BLOCK_ROWS]
+            exact = update.applied_between(start, stop, held, torch.float32)
+            merged[start:stop] = exact
+            delta += _norm(exact[: len(held)], held) ** 2
+            rounding += _norm(merged[start:stop], exact) ** 2
+        self.changes[name] = Change(_norm(table), delta**0.5, quant_error_norm=0.0, rounding_norm=rounding**0.5)
+        return merged
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) of all, in the order of the names."""

@@ -15,10 +15,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_train.adapters.updates import VocabularyRows
 from qlora_train.export import tensors as tensors_module
+from qlora_train.export.layers import CandidateWeights
+from qlora_train.export.merge import Caster
+from qlora_train.export.tensors import MergedTensors
 from qlora_train.memory.estimate import Request, Shallow
 from qlora_train.memory.formula import formula_costs
 from qlora_train.model.skeleton import load_config
 from qlora_train.model.source import Source
+from qlora_train.model.trained import open_run
 from qlora_train.recipe.load import load_recipe
 from tests.clients import llama_cpp
 from tests.commandline import Outcome, run_cli, write_recipe, write_rows
@@ -181,6 +185,55 @@ def test_layers_and_whole_come_to_the_same_verdict(trained: tuple[Path, Outcome]
     one, other = (json.loads(each.out)["verdict"] for each in (outcome, layers))
     for side in ("merged", "adapter_off"):
         assert one[side]["mean_kl"] == pytest.approx(other[side]["mean_kl"], rel=1e-3, abs=1e-8), side
+
+
+def test_slices_of_a_table_are_those_of_the_whole_which_is_not_made(
+    kind: str, trained: tuple[Path, Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = open_run(trained[0] / "run")
+    tensors = MergedTensors(run, run.source())
+    for name in TABLES[kind]:
+        whole = tensors.exact(name)
+        assert whole.dtype == torch.float32
+        rounded = tensors.exact(name, torch.bfloat16)
+        assert rounded.dtype == torch.bfloat16 and torch.equal(rounded, whole.bfloat16())
+        with monkeypatch.context() as patch:
+            patch.setattr(MergedTensors, "exact", lambda *_: pytest.fail("the whole was merged for a slice"))
+            weights = CandidateWeights(tensors, torch.bfloat16)
+            for start in range(0, len(whole), 100):
+                stop = min(start + 100, len(whole))
+                found = tensors.rows(name, start, stop)
+                assert found is not None and torch.equal(found, whole[start:stop])
+                assert torch.equal(weights.rows(name, start, stop), rounded[start:stop].float())
+            last = tensors.rows(name, len(whole) - 1, len(whole))
+            assert last is not None and torch.equal(last, whole[-1:]), "a row that the base may lack"
+
+
+def test_merging_a_table_makes_no_copy_beside_what_is_written(
+    kind: str, trained: tuple[Path, Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As training held it, which is float32 on a CPU, and as it is written; before that as it is read."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Large(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.numel() >= 200 * 128:
+                made.setdefault(out.untyped_storage().data_ptr(), out)
+            return out
+
+    monkeypatch.setattr(tensors_module, "_BLOCK", 1000)
+    monkeypatch.setattr(tensors_module, "_BLOCK_ROWS", 100)
+    run = open_run(trained[0] / "run")
+    for name in TABLES[kind]:
+        made: dict[int, torch.Tensor] = {}
+        caster = Caster(MergedTensors(run, run.source()), torch.bfloat16)
+        with Large():
+            written = caster.produce(name)
+        assert [tensor.dtype for tensor in made.values()] == [torch.bfloat16, torch.float32, torch.bfloat16]
+        exact = caster.tensors.exact(name)
+        lost = float((written.float() - exact).norm())
+        assert caster.rows[0].rounding_norm == pytest.approx(lost, rel=1e-5) and lost > 0
 
 
 def test_rows_that_are_not_merged_are_caught(

@@ -192,8 +192,8 @@ def write_nf4(job: Job, folder: Path) -> Written:
     skipped = [head_name(build_skeleton(job.config))]
     tensors, writer = job.tensors(), job.shards(folder)
     quantised = {f"{name}.weight" for name in job.linear_names()}
-    for stored, values in tensors:
-        is_linear = tensors.parameter(stored) in quantised
+    for stored in tensors.names:
+        values, is_linear = tensors.exact(stored, torch.bfloat16), tensors.parameter(stored) in quantised
         writer.add(four_bit.encode_nf4(stored, values) if is_linear else {stored: values.to(torch.bfloat16)})
     return _finish_four_bit(job, folder, tensors, writer, four_bit.nf4_config(skipped))
 
@@ -239,7 +239,7 @@ def write_w4a16(job: Job, folder: Path) -> Written:
     batches = list(eval_batches(rows.table, 1, job.tokenizer.pad_token_id))  # one row each: no padding is an input
     round_in_layers(model, CandidateWeights(tensors, torch.float32), batches, layers, tensors.base.device, take)
     for stored in stored_names.values():
-        writer.add({stored: tensors.exact(stored).to(torch.bfloat16)})
+        writer.add({stored: tensors.exact(stored, torch.bfloat16).to(torch.bfloat16)})
     quantisation = four_bit.w4a16_config(group_size, [head_name(model)])
     written = _finish_four_bit(job, folder, tensors, writer, quantisation)
     notice = f"rounded by GPTQ for the inputs that {len(batches)} training rows give each layer"
