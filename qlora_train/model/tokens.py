@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +16,7 @@ from qlora_train.errors import ModelError, Problem
 
 _SHOWN = 6  # pieces of a word
 _ROWS_AT_ONCE = 4096
+_JOINTS = re.compile("[-'\u2019]")  # of the parts of a word: e-mail, don't
 LOOKED_AT = 100_000  # rows, where a token comes in none of them
 
 
@@ -22,20 +25,27 @@ def add_new_tokens(tokenizer: Any, texts: Sequence[str]) -> NewTokens | None:
 
     A token that the chat template writes is added as a special one: it structures conversations, and text that spells
     it stays text. Any other is added as a word: it has its id wherever it stands in a row, and generated answers show
-    it (special tokens are left out of them). Raises ModelError for ordinary words.
+    it (special tokens are left out of them). Raises ModelError for ordinary words, and where the next free id is none.
     """
     if not texts:
         return None
     if problems := [problem for text in texts if (problem := _ordinary_word(tokenizer, text))]:
         raise ModelError(problems)
     added = [_known_id(tokenizer, text) is None for text in texts]
+    taken = {number: word for word, number in tokenizer.get_vocab().items()} if any(added) else {}
     template = str(tokenizer.chat_template or "")
     for text, is_new in zip(texts, added, strict=True):
         if is_new:
             tokenizer.add_tokens([AddedToken(text, normalized=False, special=text in template)])
     ids = []
-    for text in texts:
+    for text, is_new in zip(texts, added, strict=True):
         number = _known_id(tokenizer, text)
+        if is_new and (other := taken.get(number, text)) != text:
+            raise ModelError(
+                f"adapter.new_tokens: {text!r} was added with the id {number:,}, which is that of {other!r}: "
+                "the tokenizer numbers added tokens by how many it has, and the ids of its vocabulary have gaps",
+                fix="name a token that the tokenizer knows, or use a tokenizer whose ids have no gaps",
+            )
         if number is None:
             raise ModelError(
                 f"adapter.new_tokens: the tokenizer still writes {text!r} as {_pieces(tokenizer, text)} after it was "
@@ -81,13 +91,23 @@ def _known_id(tokenizer: Any, text: str) -> int | None:
 
 def _ordinary_word(tokenizer: Any, text: str) -> Problem | None:
     """Why a text would be cut out of others: it is a word or a number that the tokenizer writes in several pieces."""
-    if not all(part.isalnum() for part in text.split()) or _known_id(tokenizer, text) is not None:
+    if not all(map(_is_word, text.split())) or _known_id(tokenizer, text) is not None:
         return None
     return Problem(
         f"adapter.new_tokens: {text!r} is an ordinary word, which the tokenizer writes as {_pieces(tokenizer, text)}: "
         "as a token of its own it would be cut out of every text, also from within longer words",
         f"mark it as no word, <{'_'.join(text.split())}> say; or leave it out: words are learned in their pieces",
     )
+
+
+def _is_word(text: str) -> bool:
+    """Letters, digits and the marks on them; in two parts at most, with a hyphen or an apostrophe between them."""
+    parts = _JOINTS.split(text)
+    return len(parts) <= 2 and all(part and all(map(_is_in_words, part)) for part in parts)
+
+
+def _is_in_words(char: str) -> bool:
+    return char.isalnum() or unicodedata.category(char) in ("Mn", "Mc")  # vowel signs of Hindi, accents
 
 
 def _pieces(tokenizer: Any, text: str) -> str:

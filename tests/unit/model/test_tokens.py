@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from qlora_train.data.encode import Encoder
 from qlora_train.data.specials import special_tokens
@@ -50,12 +53,41 @@ def test_none_changes_nothing(tokenizer: Any) -> None:
     assert add_new_tokens(tokenizer, ()) is None and tokenizer_digest(tokenizer) == before
 
 
-@pytest.mark.parametrize("text", ["xylophones", "two words", "2026"])
+def test_an_id_that_another_word_has_is_refused(tokenizer: Any) -> None:
+    """A pruned vocabulary: two words are gone, and the ids of the others are what they were."""
+    model = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocab, last = model["model"]["vocab"], max(model["model"]["vocab"].values())
+    gone = [word for word, number in vocab.items() if number in (last - 8, last - 7)]
+    model["model"]["merges"] = [pair for pair in model["model"]["merges"] if "".join(pair) not in gone]
+    for word in gone:
+        del vocab[word]
+    pruned = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(model)))
+    other = next(word for word, number in vocab.items() if number == last - 1)
+    with pytest.raises(ModelError) as error:
+        add_new_tokens(pruned, ["<tool>"])
+    assert f"'<tool>' was added with the id {last - 1:,}, which is that of {other!r}" in str(error.value)
+    assert "name a token that the tokenizer knows" in str(error.value)
+    assert add_new_tokens(pruned, [" the"]) is not None, "what has an id is no trouble"
+    vocab["<unreached>"] = last - 8
+    unreached = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(model)))
+    tokens = add_new_tokens(unreached, ["<unreached>"])
+    assert tokens is not None and tokens.ids == (last - 8,), "a word of the vocabulary that no merge leads to"
+
+
+@pytest.mark.parametrize(
+    "text", ["xylophones", "two words", "2026", "e-mail", "don't", "l\u2019\u00e9t\u00e9", "हिन्दी", "a\u0308pfel"]
+)
 def test_ordinary_words_are_refused(text: str, tokenizer: Any) -> None:
     count = len(tokenizer)
     with pytest.raises(ModelError, match="is an ordinary word, which the tokenizer writes as '") as error:
         add_new_tokens(tokenizer, ["<tool>", text])
     assert f"<{text.replace(' ', '_')}> say" in str(error.value) and len(tokenizer) == count
+
+
+@pytest.mark.parametrize("text", ["<e-mail>", "-x", "a-b-c", "it's-", "1\ufe0f\u20e3", "\u2764\ufe0f", "C++"])
+def test_what_is_no_word_becomes_a_token(text: str, tokenizer: Any) -> None:
+    tokens = add_new_tokens(tokenizer, [text])
+    assert tokens is not None and tokens.added == (True,)
 
 
 def test_tokens_that_no_row_holds_are_told(tokenizer: Any) -> None:
