@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}
 # Of those, the part that is softmaxed at once, in float32: on a CPU it stays in the cache through all passes over it.
 BLOCK_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
+ALIGNMENT = 64  # values that a line of logits is a multiple of, where rows follow the table's last
 
 
 class TrainedRows(NamedTuple):
@@ -32,11 +33,32 @@ def head_logits(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, row
 
 
 def put_rows(logits_NV: Tensor, hidden_NH: Tensor, rows: TrainedRows) -> Tensor:
-    """The logits of trained rows, in place of those of the table and after them. Overwrites `logits_NV`."""
-    own_NR = torch.nn.functional.linear(hidden_NH, rows.rows_RH.to(hidden_NH.dtype))
+    """The logits of trained rows, in place of those of the table and after them. Overwrites or copies `logits_NV`."""
     if rows.num_new:
         logits_NV = torch.nn.functional.pad(logits_NV, (0, rows.num_new))
+    return _overwrite(logits_NV, hidden_NH, rows)
+
+
+def _overwrite(logits_NV: Tensor, hidden_NH: Tensor, rows: TrainedRows) -> Tensor:
+    own_NR = torch.nn.functional.linear(hidden_NH, rows.rows_RH.to(hidden_NH.dtype))
     return logits_NV.index_copy_(-1, rows.ids_R, own_NR)
+
+
+def _chunk_logits(hidden_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, rows: TrainedRows | None) -> Tensor:
+    """As `head_logits`, not differentiable: where rows follow the table's last, they are made without a copy.
+
+    Each line of them begins at a multiple of ALIGNMENT, as fast matmuls want it.
+    """
+    if rows is None or not rows.num_new:
+        return head_logits(hidden_CH, weight_VH, bias_V, rows)
+    num_frozen = weight_VH.shape[0]
+    num_all = num_frozen + rows.num_new
+    logits_CV = hidden_CH.new_empty((len(hidden_CH), -(-num_all // ALIGNMENT) * ALIGNMENT))[:, :num_all]
+    if bias_V is None:
+        torch.mm(hidden_CH, weight_VH.T, out=logits_CV[:, :num_frozen])
+    else:
+        torch.addmm(bias_V, hidden_CH, weight_VH.T, out=logits_CV[:, :num_frozen])
+    return _overwrite(logits_CV, hidden_CH, rows)
 
 
 def chunk_tokens(vocab_size: int, dtype: torch.dtype, device: torch.device) -> tuple[int, int]:
@@ -78,7 +100,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         num_tokens = min(hidden_NH.shape[0], 2 * chunk) if hidden_NH.is_meta else hidden_NH.shape[0]
         for start in range(0, num_tokens, chunk):
             hidden_CH = hidden_NH[start : start + chunk]
-            logits_CV = head_logits(hidden_CH, weight_VH, bias_V, rows)
+            logits_CV = _chunk_logits(hidden_CH, weight_VH, bias_V, rows)
             for first in range(0, logits_CV.shape[0], block):
                 part = slice(start + first, start + min(first + block, logits_CV.shape[0]))
                 weights = None if weights_N is None else weights_N[part]
@@ -157,13 +179,16 @@ def linear_cross_entropy_sum(
     gradient reaches W or b, and asking for one raises ValueError. `rows` stand in place of those of W, and get theirs:
     `G[:, ids]^T hidden`, of the logits' gradient G, in float32. An empty batch gives 0 and a zero gradient.
 
-    Cost: two matmuls of N x V x H; memory CHUNK_BYTES and two to three BLOCK_BYTES plus one copy of hidden_NH, whatever
-    N and V are, and R x H for the gradient of R trained rows. `sizes` is the number of tokens of a chunk and of a
-    block, if not `chunk_tokens`'s. Equal to `F.cross_entropy(..., reduction="sum")` for all sizes, with trained rows
-    too: tests/numerics/test_loss.py, tests/numerics/test_token_rows.py.
+    Cost: two matmuls of N x V x H, one where no gradient is wanted; memory CHUNK_BYTES and two to three BLOCK_BYTES
+    plus one copy of hidden_NH, whatever N and V are. R trained rows take R x H twice, for their gradient and in the
+    compute dtype, and a chunk's hidden states and logits of these rows in float32. `sizes` is the number of tokens of a
+    chunk and of a block, if not `chunk_tokens`'s. Equal to `F.cross_entropy(..., reduction="sum")` for all sizes, with
+    trained rows too: tests/numerics/test_loss.py, tests/numerics/test_token_rows.py.
     """
     if weight_VH.requires_grad or (bias_V is not None and bias_V.requires_grad):
         raise ValueError("linear_cross_entropy_sum works with a frozen head only")
+    if rows is not None and not torch.is_grad_enabled():
+        rows = rows._replace(rows_RH=rows.rows_RH.detach())  # else a gradient would be formed
     chunk, block = sizes or chunk_tokens(weight_VH.shape[0], hidden_NH.dtype, hidden_NH.device)
     result: Tensor = _LinearCrossEntropySum.apply(
         hidden_NH, weight_VH, bias_V, *(rows or (None, None, 0)), labels_N, weights_N, softcap, chunk, block

@@ -38,9 +38,9 @@ class NewTokens:
     added: tuple[bool, ...]  # to the tokenizer, which did not know them
 
     @classmethod
-    def placeholders(cls, texts: Sequence[str]) -> NewTokens:
-        """As many tokens, for a model without values."""
-        return cls(tuple(texts), tuple(range(len(texts))), (False,) * len(texts))
+    def placeholders(cls, texts: Sequence[str], num_rows: int) -> NewTokens:
+        """As many tokens, for a model without values that has rows for none of them: this takes the most."""
+        return cls(tuple(texts), tuple(range(num_rows, num_rows + len(texts))), (True,) * len(texts))
 
     @property
     def sorted_ids(self) -> list[int]:
@@ -62,7 +62,8 @@ class TokenLayer(TrainableTokensLayer):
 
         Where adapters are off, those that the table lacks stay, as they were at their start: ids must mean something.
         """
-        if self.disable_adapters or self.merged:
+        assert not self.merged, "an export merges from files"
+        if self.disable_adapters:
             return self._lacking()
         active = [name for name in self.active_adapters if name in self.trainable_tokens_delta]
         if not active:
@@ -112,7 +113,8 @@ class TokenLayer(TrainableTokensLayer):
         device = self.get_base_layer().weight.device
         held = self.held_ids.get(adapter)
         if held is None or held.device != device:
-            held = self.held_ids[adapter] = torch.tensor(self.token_indices[adapter], device=device)
+            with torch.inference_mode(False):  # kept for calls with gradients
+                held = self.held_ids[adapter] = torch.tensor(self.token_indices[adapter], device=device)
         return held
 
     def _num_new(self, adapter: str) -> int:

@@ -113,7 +113,8 @@ def _quantise(model: nn.Module, quant: QuantSection) -> None:
 def _attach(model: Any, style: ModelStyle) -> Any:
     section = style.adapter.model_copy(update={"init_from": None})
     if style.linear != "peft":
-        tokens = NewTokens.placeholders(section.new_tokens) if section.new_tokens else None
+        num_rows = model.get_input_embeddings().weight.shape[0]
+        tokens = NewTokens.placeholders(section.new_tokens, num_rows) if section.new_tokens else None
         return attach_adapter(model, section, 0, base_name="", fused=style.linear == "fused", tokens=tokens)
     model.is_loaded_in_4bit = style.quant.quant_type != "none"  # else PEFT builds no 4-bit layers
     targets = section.target_modules

@@ -166,6 +166,16 @@ def test_dropout_takes_a_mask(model: MetaModel) -> None:
     assert trace_step(dropped, BATCH, style).peak_bytes >= trace_step(model, BATCH, style).peak_bytes
 
 
+def test_new_tokens_are_planned_past_the_tables_rows(model: MetaModel) -> None:
+    section = SMALL.model_copy(update={"new_tokens": ("<a>", "<b>")})
+    grown = build_meta_model(tiny_config("llama", 3), ModelStyle(adapter=section), "cuda")
+    assert grown.head.vocab_size == model.head.vocab_size + 2
+    style = StepStyle(checkpointing=Checkpointing("full"))
+    more, plain = (trace_step(each, BATCH, style) for each in (grown, model))
+    assert more.causes[ADAPTER] - plain.causes[ADAPTER] == 2 * 2 * 128 * 4, "two rows in each of two tables"
+    assert more.peak_bytes > plain.peak_bytes
+
+
 def test_a_model_that_decides_by_values_is_refused() -> None:
     with pytest.raises(ModelError, match="cannot be traced without its weights"), as_on("cuda"):
         bool(torch.empty(1, device="meta"))

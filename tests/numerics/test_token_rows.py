@@ -16,7 +16,7 @@ from qlora_train.adapters.attach import attach_adapter
 from qlora_train.adapters.tokens import NewTokens, TokenLayer, token_layers
 from qlora_train.data.loader import MicroBatch, collate
 from qlora_train.data.table import TokenRow, TokenTable
-from qlora_train.loss import TrainedRows, linear_cross_entropy_sum
+from qlora_train.loss import ALIGNMENT, TrainedRows, head_logits, linear_cross_entropy_sum
 from qlora_train.model.causal import CausalModel
 from qlora_train.recipe.schema import AdapterSection
 from tests.loading import tiny_base
@@ -65,11 +65,12 @@ def test_bfloat16_sums_the_gradient_of_rows_in_float32() -> None:
     assert (found - wanted).norm() < 2**-8 * wanted.norm()
 
 
-def test_no_tensor_is_as_large_as_the_table() -> None:
+@pytest.mark.parametrize("ids", [(7, 9), (7, 4096)], ids=["inside", "grown"])
+def test_no_tensor_is_as_large_as_the_table(ids: tuple[int, int]) -> None:
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Largest(TorchDispatchMode):
-        numel = 0
+        numel = copies = 0
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
             out = func(*args, **(kwargs or {}))
@@ -77,14 +78,36 @@ def test_no_tensor_is_as_large_as_the_table() -> None:
                 isinstance(out, torch.Tensor)
                 and out.untyped_storage().data_ptr() != weight.untyped_storage().data_ptr()
             ):
-                self.numel = max(self.numel, out.numel())
+                self.numel = max(self.numel, out.untyped_storage().nbytes() // 4)
+                self.copies += func is torch.ops.aten.constant_pad_nd.default
             return out
 
     hidden, weight = torch.randn(64, 8, requires_grad=True), torch.randn(4096, 8)
-    rows = TrainedRows(torch.tensor([7, 9]), torch.randn(2, 8, requires_grad=True))
+    rows = TrainedRows(torch.tensor(ids), torch.randn(2, 8, requires_grad=True), ids[1] == 4096)
     with Largest() as seen:
         linear_cross_entropy_sum(hidden, weight, torch.zeros(64, dtype=torch.int64), rows=rows, sizes=(4, 4)).backward()
-    assert 0 < seen.numel <= 4096 * 4, "a chunk's logits; the table has 4096 * 8 values"
+    assert 0 < seen.numel <= (4096 + ALIGNMENT) * 4, "a chunk's logits; the table has 4096 * 8 values"
+    assert seen.copies == 0
+
+
+@pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_nothing_is_computed_for_them(guard: Any) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    hidden, weight, labels = torch.randn(N, H), torch.randn(V, H), torch.zeros(N, dtype=torch.int64)
+    rows = TrainedRows(torch.tensor(GROWN), nn.Parameter(torch.randn(len(GROWN), H)), 2)
+    with guard(), FlopCounterMode(display=False) as seen:
+        without = linear_cross_entropy_sum(hidden, weight, labels, rows=rows)
+    assert seen.get_total_flops() == 2 * N * H * (V + len(GROWN)), "the logits, once"
+    assert torch.equal(without, linear_cross_entropy_sum(hidden, weight, labels, rows=rows))
+
+
+def test_a_bias_belongs_to_the_table_alone() -> None:
+    hidden, weight, bias = torch.randn(N, H), torch.randn(V, H), torch.randn(V)
+    rows, labels = TrainedRows(torch.tensor(GROWN), torch.randn(len(GROWN), H), 2), torch.randint(0, V + 2, (N,))
+    expected = F.cross_entropy(head_logits(hidden, weight, bias, rows), labels, reduction="sum")
+    found = linear_cross_entropy_sum(hidden, weight, labels, bias_V=bias, rows=rows, sizes=(7, 3))
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
 
 
 def _batch(ids: tuple[int, ...]) -> MicroBatch:

@@ -147,6 +147,27 @@ def test_rows_that_the_table_lacks_follow_its_last(folder: Path, tmp_path: Path)
     assert update.shape_from((VOCAB_SIZE - 1, 128)) is None and update.shape_from((VOCAB_SIZE, 64)) is None
 
 
+def test_training_goes_on_after_a_first_call_in_inference_mode(folder: Path) -> None:
+    model: Any = attached(folder, (5, VOCAB_SIZE), (False, True))
+    new = torch.tensor([[3, 5, VOCAB_SIZE, 7]])
+    with torch.inference_mode():
+        first = model(input_ids=new).logits
+    again = model(input_ids=new).logits
+    assert torch.equal(again, first)
+    again.square().sum().backward()
+    for layer in token_layers(model).values():
+        if layer.tied_adapter is None:
+            assert bool((layer.trainable_tokens_delta["default"].grad.abs().amax(1) > 0).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_slices_of_a_table_with_rows_are_those_of_the_whole(dtype: torch.dtype) -> None:
+    table, update = torch.randn(10, 4).bfloat16(), VocabularyRows((0, 3, 9, 10, 11), torch.randn(5, 4))
+    whole = update.applied(table.to(dtype))
+    parts = [update.applied_between(start, start + 4, table[start : start + 4], dtype) for start in (0, 4, 8)]
+    assert whole.dtype == dtype and torch.equal(torch.cat(parts), whole)
+
+
 def test_rslora_keeps_them_too(folder: Path, tmp_path: Path) -> None:
     model = shaken(attached(folder, method="rslora"))
     save_adapter(model, tmp_path)
