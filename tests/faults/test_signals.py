@@ -7,6 +7,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -85,11 +86,16 @@ EXPORT = ("qlora_train.export.run:merge_to", "qlora_train.export.run:verify")
 @pytest.mark.slow
 @pytest.mark.parametrize("where", EXPORT)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-def test_an_export_that_is_stopped_leaves_nothing(scene: Scene, where: str, number: signal.Signals) -> None:
+def test_an_export_that_is_stopped_leaves_shards_to_go_on_from_alone(
+    scene: Scene, where: str, number: signal.Signals
+) -> None:
     folder = scene.finished()
     setups = [("signal_at", {"where": where, "call": 1, "numbers": (number,)})]
     ended_by(scene.launcher.run("export", folder / "run", folder / "merged", setups=setups), number)
-    assert not (folder / "merged").exists() and leftovers(folder) == []
+    assert not (folder / "merged").exists()
+    assert {Path(name).parts[0] for name in leftovers(folder)} <= {".tmp-merged-shards"}
+    assert scene.launcher.run("export", folder / "run", folder / "merged").code == 0
+    assert (folder / "merged" / "model.safetensors").is_file() and leftovers(folder) == []
 
 
 def test_no_home_no_folder_and_nobody_who_reads(scene: Scene) -> None:
