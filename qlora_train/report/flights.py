@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from qlora_train.adapters.state import split_name
 from qlora_train.names import TOKEN_ROWS
 from qlora_train.report.facts import RunFacts
 from qlora_train.report.happened import ending
@@ -133,8 +134,8 @@ def _module_of(tensor: str) -> str:
     >>> _module_of("layers.0.q_proj.lora_A"), _module_of(f"embed_tokens.{TOKEN_ROWS}")
     ('layers.0.q_proj', 'embed_tokens, rows of new tokens')
     """
-    module, is_rows, _ = tensor.partition(f".{TOKEN_ROWS}")
-    return f"{module}, rows of new tokens" if is_rows else tensor.partition(".lora_")[0]
+    module, attribute = split_name(tensor)
+    return f"{module}, rows of new tokens" if attribute == TOKEN_ROWS else module or tensor
 
 
 def _percent(share: float) -> str:

@@ -257,8 +257,9 @@ def _run_child(request: Mapping[str, Any]) -> NoReturn:
     code = 1
     try:
         signal.alarm(SECONDS)
-        for number in (signal.SIGHUP, signal.SIGINT):  # ignored where this was started by nohup or in the background
-            signal.signal(number, signal.SIG_DFL if number == signal.SIGHUP else signal.default_int_handler)
+        # Ignored where this was started by nohup, or in the background.
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         allow_tracing()
         log = os.open(request["log"], os.O_WRONLY | os.O_APPEND)
         nothing = os.open(os.devnull, os.O_RDONLY)

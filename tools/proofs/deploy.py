@@ -25,7 +25,7 @@ FOLDER = WORK / "deploy"
 SPELLING = WORK / "main-job" / "spelling"
 RECIPE = ROOT / "recipes" / "spelling.yaml"
 MAX_GIB = 3.0
-# Eight minutes hold so much: rows of a run made here, answers compared, rows that a large merge is verified on.
+# Rows of a run made here, answers compared (in the short form fewer), rows that a large merge is verified on.
 SHORT_ROWS, ANSWERS, SHORT_ANSWERS, LAYER_ROWS = 800, 200, 64, 4
 LAYER = "model.layers.7"
 EARLIER = "an earlier run that verifies"

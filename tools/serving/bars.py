@@ -21,7 +21,7 @@ MAX_KL = {
     "w4a16": None,
 }
 LEAST_TOP1 = {"gguf-f16": 0.99, "lora": 0.99, "gguf-lora": 0.99, "nf4-lora": 0.99}
-# What eight minutes hold; the long form takes all.
+# Of the short form; the long one takes all, on the recipe's rows.
 SHORT = ("gguf-f16", "gguf-q8_0", "lora", "w4a16")
 SHORT_VERIFY_ROWS = 8
 _ANY_KL = "export.max_kl=100"  # what 4 bit cost is measured here, not judged
