@@ -74,7 +74,10 @@ def chunk_tokens(vocab_size: int, dtype: torch.dtype, device: torch.device) -> t
 
 
 class _LinearCrossEntropySum(torch.autograd.Function):
-    """The gradient is formed chunk by chunk in the forward, so that backward holds (N, H) and no logits."""
+    """The gradient is formed chunk by chunk in the forward, so that backward holds (N, H) and no logits.
+
+    Backward scales it in place: torch refuses a second backward pass, as it does for everything that was changed.
+    """
 
     @staticmethod
     def forward(
@@ -114,14 +117,17 @@ class _LinearCrossEntropySum(torch.autograd.Function):
                 else:
                     _add_gradients(logits_CV, hidden_CH, weight_VH, rows, grad_CH, grad_RH)
         ctx.save_for_backward(grad_NH, grad_RH)
+        ctx.chunk = chunk
         return loss_sum
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         grad_NH, grad_RH = ctx.saved_tensors
-        grad_rows = None if grad_RH is None else grad_RH * grad_loss
-        return grad_NH * grad_loss.to(grad_NH.dtype), None, None, None, grad_rows, *[None] * 6
+        for grad_CH in grad_NH.split(ctx.chunk):  # in float32: 1 / count in bfloat16 would be off by up to 0.4 %
+            grad_CH.copy_(grad_CH.float().mul_(grad_loss))
+        grad_rows = None if grad_RH is None else grad_RH.mul_(grad_loss)
+        return grad_NH, None, None, None, grad_rows, *[None] * 6
 
 
 def _add_gradients(

@@ -27,7 +27,7 @@ from qlora_train.errors import Interrupted
 FIGURES = Path(__file__).resolve().parent / "figures" / "quant.json"
 # (better, worse) by the paper: NF4, FP4, INT4 in this order; double quantisation at no loss.
 PAIRS = (("nf4", "fp4"), ("fp4", "int4"), ("nf4", "int4"), ("nf4", "nf4_dq"))
-SAMPLE_ROWS = 16
+SAMPLE_ROWS = 8
 ABOUT_THE_MODEL = (
     "The only real model here came from a Q4_1 file: 16 even steps between the least and the greatest of 32 weights. "
     "On that grid an affine INT4 code with groups of 32 is lossless by construction, but for bfloat16's rounding; its "

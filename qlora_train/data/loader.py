@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from qlora_train.data.plan import Plan, Planner
+from qlora_train.data.plan import PACK_MULTIPLE, Plan, Planner
 from qlora_train.data.table import TokenRow, TokenTable
 from qlora_train.names import IGNORE_INDEX
 
@@ -85,6 +85,7 @@ class Loader:
         self._packed = batching == "packed"
         sources = table.column("source")
         passes = tuple(source_passes) or (1.0,) * (int(sources.max()) + 1)
+        self._seq_len = seq_len
         self._planner = Planner(table.lengths, sources, passes, batching, micro_batch_size, seq_len, seed)
         self._firsts = [(0, 0)]  # (step, row) that each epoch starts at, as far as known
 
@@ -160,7 +161,7 @@ class Loader:
         return [plan.lines(m) for m in range(first, min(first + self._grad_accum_steps, plan.num_micro_batches))]
 
     def _collate(self, lines: Sequence[Sequence[int]]) -> MicroBatch:
-        return collate(self._table, lines, self._pad_token_id, packed=self._packed)
+        return collate(self._table, lines, self._pad_token_id, packed=self._packed, seq_len=self._seq_len)
 
     def _locate(self, step_index: int) -> tuple[int, int]:
         """Epoch and step within it. An epoch may hold no row at all where sources are passed over less than once."""
@@ -191,13 +192,21 @@ def eval_batches(table: TokenTable, batch_size: int, pad_token_id: int) -> Itera
 
 
 def collate(
-    table: TokenTable, lines: Sequence[Sequence[int]], pad_token_id: int, *, packed: bool = False
+    table: TokenTable,
+    lines: Sequence[Sequence[int]],
+    pad_token_id: int,
+    *,
+    packed: bool = False,
+    seq_len: int | None = None,
 ) -> MicroBatch:
-    """Lines of rows as one micro-batch. Ignored labels follow from the table's spans, never from the pad id."""
+    """Lines of rows as one micro-batch. Ignored labels follow from the table's spans, never from the pad id.
+
+    Padded rows are as wide as the longest of them; packs as the next multiple of PACK_MULTIPLE, at most `seq_len`.
+    """
     row_ids = [row for line in lines for row in line]
     rows = table.rows(row_ids)
     lengths = [len(row.ids) for row in rows]
-    width, starts = _layout([len(line) for line in lines], lengths)
+    width, starts = _layout([len(line) for line in lines], lengths, PACK_MULTIPLE if packed else 1, seq_len)
     size = len(lines) * width
     input_ids = np.full(size, pad_token_id, dtype=np.int64)
     labels = np.full(size, IGNORE_INDEX, dtype=np.int64)
@@ -228,14 +237,18 @@ def collate(
     )
 
 
-def _layout(line_sizes: Sequence[int], lengths: Sequence[int]) -> tuple[int, list[int]]:
-    """Width of the lines, and where each row starts in the flat micro-batch, from rows a line and tokens a row."""
+def _layout(
+    line_sizes: Sequence[int], lengths: Sequence[int], multiple: int, most: int | None
+) -> tuple[int, list[int]]:
+    """Width of the lines, a multiple of `multiple` or `most`, and where each row starts in the flat micro-batch."""
     offsets, widths, left = [], [], iter(lengths)
     for size in line_sizes:
         *within, stop = accumulate((next(left) for _ in range(size)), initial=0)
         offsets.append(within)
         widths.append(stop)
-    width = max(widths)
+    width = -(-max(widths) // multiple) * multiple
+    if most is not None:
+        width = min(width, most)
     return width, [index * width + offset for index, within in enumerate(offsets) for offset in within]
 
 

@@ -4,11 +4,13 @@ Boundaries of the rows travel as the keyword `row_boundaries` through the decode
 without it (generation, padded batches) are sdpa with sdpa's mask.
 
 Shape legend: B packs, T positions of a pack, H query heads, K key and value heads, G = H / K, D head dim; R rows of a
-bucket, L positions of its longest row; S slots, the sum of R * L over the buckets.
+bucket, L positions of each; S slots, the sum of R * L over the buckets.
 """
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_left
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -28,7 +30,10 @@ from qlora_train.errors import ModelError
 ATTENTION_NAME = "qlora_rows"
 # Rows up to this length: plain matmuls, for on a CPU the backward pass of sdpa is slow for short rows.
 PLAIN_TOKENS = 512
-# A row is at least this share of its bucket's longest row; the rest is padding inside attention only.
+# Rows up to PLAIN_TOKENS are padded, inside attention only, to the next of these lengths, and attend in groups whose
+# size is a power of two: oneDNN makes matmuls anew for every new shape, 5 ms and half a megabyte each, and keeps them.
+_LENGTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, PLAIN_TOKENS)
+# A longer row is at least this share of its bucket's longest row.
 _LEAST_FILL = 0.75
 _MASK_FREE = {"position_ids", "use_cache", "cache_position", "output_attentions", "output_hidden_states", "return_dict"}
 
@@ -47,6 +52,18 @@ class _Moves:
 class _Bucket:
     num_rows: int
     length: int
+
+
+def _bucket_of(longest: int) -> tuple[int, int]:
+    """Length of the bucket of a row, and the fewest tokens of others in it, none of which is longer.
+
+    >>> _bucket_of(60), _bucket_of(64), _bucket_of(65), _bucket_of(1000)
+    ((64, 49), (64, 49), (96, 65), (1000, 750))
+    """
+    if longest > PLAIN_TOKENS:
+        return longest, math.ceil(_LEAST_FILL * longest)
+    place = bisect_left(_LENGTHS, longest)
+    return _LENGTHS[place], _LENGTHS[place - 1] + 1 if place else 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,13 +87,12 @@ class RowBoundaries:
         filled: list[np.ndarray[Any, Any]] = []
         first = slot = 0
         while first < len(order):
-            longest = self.lengths[order[first]]
-            stop = first
-            while stop < len(order) and self.lengths[order[stop]] >= _LEAST_FILL * longest:
-                stop += 1
-            buckets.append(_Bucket(stop - first, longest))
+            length, least = _bucket_of(self.lengths[order[first]])
+            alike = next((i for i in range(first, len(order)) if self.lengths[order[i]] < least), len(order)) - first
+            stop = first + 2 ** (alike.bit_length() - 1)
+            buckets.append(_Bucket(stop - first, length))
             rows = order[first:stop]
-            within = np.arange(longest)
+            within = np.arange(length)
             real = within < np.asarray([self.lengths[row] for row in rows])[:, None]
             source = np.asarray([self.starts[row] for row in rows])[:, None] + within * real
             slots = slot + np.arange(real.size).reshape(real.shape)
@@ -217,7 +233,9 @@ def _delegated(
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    scores = _capped(query @ key.transpose(2, 3) * scale, softcap).masked_fill(forbidden, float("-inf"))
+    scores = _capped(query @ key.transpose(2, 3) * scale, softcap)
+    # Not minus infinity: a padded query of a left-padded batch sees no key at all, and 0 / 0 spreads through the batch.
+    scores = scores.masked_fill(forbidden, torch.finfo(scores.dtype).min)
     return (scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value).transpose(1, 2).contiguous(), None
 
 

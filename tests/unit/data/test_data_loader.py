@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from hashlib import sha256
@@ -14,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_train.data.loader import Loader, MicroBatch, collate, eval_batches
-from qlora_train.data.plan import Plan, Planner
+from qlora_train.data.plan import PACK_MULTIPLE, Plan, Planner
 from qlora_train.data.table import TokenRow, TokenTable
 from qlora_train.errors import DataError
 from qlora_train.names import IGNORE_INDEX
@@ -75,12 +76,12 @@ def test_no_row_is_lost_and_none_seen_twice(
     assert sum(batch.num_tokens for batch in batches) == sum(lengths)
     assert max(batch.input_ids.numel() for batch in batches) <= loader.longest_micro_batch().input_ids.numel()
     if batching == "packed":
-        assert max(batch.input_ids.shape[1] for batch in batches) <= 40
+        assert {batch.input_ids.shape[1] for batch in batches} == {40}, "no pack is wider than seq_len"
 
 
 @given(lengths=LENGTHS, micro_batch_size=st.integers(1, 4))
 def test_packed_rows_stand_whole_where_their_boundaries_say(lengths: list[int], micro_batch_size: int) -> None:
-    loader = Loader(table_of(lengths), "packed", micro_batch_size, 1, 0, 0, seq_len=40)
+    loader = Loader(table_of(lengths), "packed", micro_batch_size, 1, 0, 0, seq_len=100)
     for (batch,) in epoch_of(loader, 0):
         assert batch.row_starts is not None and batch.position_ids is not None
         width = batch.input_ids.shape[1]
@@ -95,7 +96,11 @@ def test_packed_rows_stand_whole_where_their_boundaries_say(lengths: list[int], 
         assert len(covered) == batch.num_tokens, "none overlaps"
         padding = [place for place in range(len(ids)) if place not in covered]
         assert all(ids[place] == 0 and labels[place] == NO for place in padding)
-        assert any(ids[width * line + width - 1] for line in range(len(batch.input_ids))), "as wide as the longest pack"
+        longest = max(
+            1 + max(place for place in covered if place // width == line) % width
+            for line in range(len(batch.input_ids))
+        )
+        assert width == min(PACK_MULTIPLE * math.ceil(longest / PACK_MULTIPLE), 100), "as the longest pack asks for"
 
 
 @given(lengths=LENGTHS, batch_size=st.integers(1, 9))
@@ -217,7 +222,8 @@ def test_each_part_of_a_plan_is_in_its_digest() -> None:
 @pytest.mark.parametrize("batching", BATCHING)
 def test_one_row_and_a_large_batch(batching: str) -> None:
     loader = loader_of(table_of([3]), batching, 16, 8)
-    assert loader.num_steps(1) == 1 and loader.padding_frac(0) == 0.0
+    assert loader.num_steps(1) == 1
+    assert loader.padding_frac(0) == (1 - 3 / PACK_MULTIPLE if batching == "packed" else 0.0)
     assert [batch.row_ids for batch in loader.step(5)] == [(0,)]
 
 
@@ -329,7 +335,8 @@ def test_labels_and_padding() -> None:
     assert batch.weights is None
 
 
-def test_a_pack_by_hand() -> None:
+def test_a_pack_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qlora_train.data.loader.PACK_MULTIPLE", 1)
     table = TokenTable.of_rows(
         [row_of([1, 2, 9], (1, 3, 1.0)), row_of([3, 4, 5, 6], (1, 2, 2.0), (3, 4, 0.5)), row_of([7, 8], (1, 2, 1.0))]
     )
