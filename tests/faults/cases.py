@@ -43,10 +43,12 @@ def kill_and_resume(scene: Scene, point: Point) -> str:
 
 
 def fail_and_resume(scene: Scene, point: Point, error: str) -> str:
-    """A call of a save fails: exit code 6, a message with path (on a full disk, bytes), the checkpoint before stays."""
+    """A call of a save fails: exit code 6, a message with path and bytes, the checkpoint before stays."""
     before = max(steps_of(scene.folder / "before" / "run"))
     folder, ended = with_fault(scene, point.fail(error))
-    if ended.code != 6 or f"step-{STEP:06d}" not in ended.said or ("MiB free" in ended.said) != (error == "ENOSPC"):
+    if ended.code != 6 or f"step-{STEP:06d}" not in ended.said or " needed" not in ended.said:
+        return f"{ended}"
+    if ("MiB free" in ended.said) != (error == "ENOSPC"):
         return f"{ended}"
     if (spoilt := damaged(folder / "run")) or before not in steps_of(folder / "run"):
         return f"after the error: {steps_of(folder / 'run')}, damaged: {spoilt}"
