@@ -260,7 +260,8 @@ def replay(
 
     From the newest checkpoint (or that of `from_step`) after which steps were logged: two steps, or one where no second
     is not logged; or those up to the next checkpoint where it is near, whose adapter is compared too. Nothing of the
-    run is changed. Raises ResumeError where there is no such step, or the run is another one.
+    run is changed; a line of `replays.jsonl` keeps what was compared, and where. Raises ResumeError where there is no
+    such step, or the run is another one.
     """
     return run_replay(load_recipe(recipe, overrides), from_step=from_step, reporter=reporter or Silent())
 

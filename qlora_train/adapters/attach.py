@@ -16,7 +16,7 @@ from qlora_train.adapters.experts import fill_experts, mixture_config
 from qlora_train.adapters.forms.base import Form
 from qlora_train.adapters.forms.delta import select_modules
 from qlora_train.adapters.layers import LoraEmbedding, adapted_layers, use_fused
-from qlora_train.adapters.state import has_embeddings, load_adapter_config, restore_adapter
+from qlora_train.adapters.state import has_embeddings, load_adapter_config, restore_adapter, split_name
 from qlora_train.adapters.tokens import NewTokens, build_peft_model, indices_for, start_rows, token_layers
 from qlora_train.artifacts.folders import read_manifest
 from qlora_train.errors import ModelError
@@ -179,7 +179,7 @@ def check_attached(model: PeftModel) -> None:
     PEFT builds plain LoRA without a word where a layer class does not know what a config asks for.
     """
     layers = adapted_layers(model)
-    adapted = {name.partition(".lora_")[0] for name, _ in model.named_parameters() if ".lora_" in name}
+    adapted = {split_parameter_name(name)[0] for name, _ in model.named_parameters() if ".lora_" in name}
     if foreign := sorted(adapted - set(layers)):
         kind = type(model.get_submodule(foreign[0]).get_base_layer()).__name__
         raise ModelError(
@@ -213,6 +213,15 @@ def _refuse_tied_embedding(model: PeftModel) -> None:
                 f"{name} is the output head too (tied embeddings): an adapter on it alone would untie them",
                 fix="leave adapter.embeddings out for this model",
             )
+
+
+def split_parameter_name(name: str) -> tuple[str, str]:
+    """Module and attribute of an attached adapter's parameter, as `split_name` has them of a tensor in a file.
+
+    >>> split_parameter_name("base_model.model.layers.0.q_proj.lora_A.default.weight")
+    ('base_model.model.layers.0.q_proj', 'lora_A')
+    """
+    return split_name(name.replace(f".{ADAPTER_NAME}", ""))
 
 
 def adapter_facts(model: PeftModel) -> AdapterFacts:

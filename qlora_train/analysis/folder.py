@@ -6,12 +6,8 @@ What they leave is laid out like a run: `adapter/` in PEFT's format beside the f
 
 from __future__ import annotations
 
-import os
 import re
-import secrets
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +18,8 @@ from safetensors.torch import save_file
 from qlora_train.adapters.config import AdapterConfig
 from qlora_train.adapters.fold import Delta, Update, read_deltas, read_updates
 from qlora_train.adapters.state import CONFIG, MAX_RANK, WEIGHTS, load_adapter_config
-from qlora_train.artifacts.files import TEMPORARY_PREFIX, explained, fsync_dir, make_folder, write_file
-from qlora_train.artifacts.folders import MANIFEST, publishing, read_manifest
+from qlora_train.artifacts.files import write_file
+from qlora_train.artifacts.folders import MANIFEST, appearing, publishing, read_manifest
 from qlora_train.artifacts.layout import RunDir
 from qlora_train.errors import ModelError, RecipeError
 from qlora_train.model.binding import check_published, read_base, read_binding, refuse_changed_recipe
@@ -161,7 +157,7 @@ def publish_adapter(
     config = _peft_config(sources, deltas)
     first = next((source for source in sources if source.run_dir), None)
     bound = first or next((source for source in sources if source.binding), None)
-    with _appearing(target) as folder:
+    with appearing(target.absolute()) as folder:
         adapter = folder / RunDir(folder).adapter.name
         if bound is None or bound.binding is None:
             adapter.mkdir()
@@ -259,20 +255,3 @@ def _copy_facts(source: OpenedAdapter, folder: Path, recipe: Recipe) -> None:
     ):
         if old.is_file():
             write_file(new, old.read_bytes())
-
-
-@contextmanager
-def _appearing(target: Path) -> Iterator[Path]:
-    """A folder that appears whole or not at all, without a manifest of its own: later verbs add to it."""
-    with explained(target):
-        make_folder(target.absolute().parent)
-        temporary = target.absolute().parent / f"{TEMPORARY_PREFIX}{target.name}-{os.getpid()}-{secrets.token_hex(4)}"
-        temporary.mkdir()
-    try:
-        with explained(target):
-            yield temporary
-            fsync_dir(temporary)
-            temporary.rename(target)
-            fsync_dir(target.absolute().parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 from safetensors import SafetensorError
 
 from qlora_train.errors import MachineError
+from qlora_train.units import size_text
 
 TEMPORARY_PREFIX = ".tmp-"  # not published yet
 
@@ -33,6 +34,7 @@ _FIXES = {
     errno.EIO: "the disk or the way to it fails: see the system's log (`dmesg`), and choose another disk",
 }
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
+_OF_SIZE = _NO_ROOM | {errno.EFBIG, errno.EIO}  # a smaller file might have been written
 # How a file system that cannot sync folders (some over FUSE and SMB) says so; there is nothing to be done about it.
 _NO_FOLDER_SYNC = frozenset({errno.EINVAL, errno.ENOTSUP, errno.ENOSYS})
 
@@ -49,6 +51,12 @@ def fsync_dir(folder: Path) -> None:
         os.close(descriptor)
 
 
+def fsync_file(path: Path) -> None:
+    """Put the content of a file on disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
 def make_folder(folder: Path) -> None:
     """A folder and those above it, each durable as an entry of the one above."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -58,11 +66,11 @@ def make_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _appearing(path: Path) -> Iterator[BinaryIO]:
+def _appearing(path: Path, *, num_bytes: int | None = None) -> Iterator[BinaryIO]:
     """A file that appears whole or not at all: temporary name beside it, fsync, rename, fsync of the folder."""
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{os.getpid()}-{secrets.token_hex(4)}")
     try:
-        with explained(path):
+        with explained(path, num_bytes=num_bytes):
             with temporary.open("xb") as file:
                 yield file
                 file.flush()
@@ -76,7 +84,7 @@ def _appearing(path: Path) -> Iterator[BinaryIO]:
 
 def write_file(path: Path, content: bytes) -> None:
     """Write one file whole."""
-    with _appearing(path) as file:
+    with _appearing(path, num_bytes=len(content)) as file:
         file.write(content)
 
 
@@ -91,7 +99,7 @@ def write_json_lines(path: Path, entries: Iterable[Mapping[str, Any]]) -> None:
 def append_json_line(path: Path, value: Mapping[str, Any]) -> None:
     """Add a line of plain data to a file, on disk when this returns; a torn last line of a killed process is ended."""
     line = (json.dumps(value) + "\n").encode()
-    with explained(path), path.open("a+b", buffering=0) as file:
+    with explained(path, num_bytes=len(line)), path.open("a+b", buffering=0) as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)
             line = line if file.read(1) == b"\n" else b"\n" + line
@@ -125,15 +133,12 @@ def sha256_file(path: Path) -> str:
 
 @contextlib.contextmanager
 def explained(path: Path, *, num_bytes: int | None = None) -> Iterator[None]:
-    """Turn an error of writing `path` into a MachineError: what, where, and bytes needed and free on a full disk.
-
-    safetensors hides the number of an OSError in its message; it is found there.
-    """
+    """Turn an error of writing `path` into a MachineError: what, where, bytes needed, and bytes free on a full disk."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
         number = _errno(error)
-        if number is None and isinstance(error, SafetensorError):
+        if number is None and not isinstance(error, OSError):
             raise
         reason = os.strerror(number) if number is not None else str(error)
         raise MachineError(
@@ -144,25 +149,36 @@ def explained(path: Path, *, num_bytes: int | None = None) -> Iterator[None]:
 
 def is_full(error: MachineError) -> bool:
     """Whether a write failed because there was no room, which may come back."""
-    cause = error.__cause__
-    return isinstance(cause, OSError | SafetensorError) and _errno(cause) in _NO_ROOM
+    return _errno(error.__cause__) in _NO_ROOM
 
 
-def _errno(error: OSError | SafetensorError) -> int | None:
+def _errno(error: BaseException | None) -> int | None:
+    """The number of a failed call; None for another error.
+
+    safetensors and tokenizers (0.8 and 0.23) tell of it in their text alone, and what tokenizers raises has no class.
+    """
     if isinstance(error, OSError):
         return error.errno
-    found = re.search(r"\(os error (\d+)\)", str(error))
+    is_of_rust = isinstance(error, SafetensorError) or type(error) is Exception
+    found = re.search(r"\(os error (\d+)\)", str(error)) if is_of_rust else None
     return int(found.group(1)) if found else None
 
 
 def _circumstances(path: Path, number: int | None, num_bytes: int | None) -> str:
-    """In brackets: who may write there, or how much room is needed and left, where that is the question."""
+    """In brackets: who may write there, or how much was to be written, and how much room a full disk has left.
+
+    Room on the disk says nothing of a quota.
+    """
     folder = next((p for p in [path, *path.absolute().parents] if p.exists()), Path("/"))
     if number in (errno.EACCES, errno.EPERM):
         found = folder.stat()
         return f" ({folder} is {stat.filemode(found.st_mode)} of {_user(found.st_uid)}; this process runs as {_user()})"
-    needed = "" if num_bytes is None else f"{num_bytes / 2**20:,.1f} MiB needed, "
-    return f" ({needed}{shutil.disk_usage(folder).free / 2**20:,.0f} MiB free)" if number in _NO_ROOM else ""
+    known = []
+    if number in _OF_SIZE and num_bytes is not None:
+        known.append(f"{size_text(max(num_bytes, 2**10))} needed")
+    if number == errno.ENOSPC:
+        known.append(f"{shutil.disk_usage(folder).free / 2**20:,.0f} MiB free")
+    return f" ({', '.join(known)})" if known else ""
 
 
 def _user(number: int | None = None) -> str:

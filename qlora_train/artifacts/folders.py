@@ -20,6 +20,7 @@ from qlora_train.artifacts.files import (
     TEMPORARY_PREFIX,
     explained,
     fsync_dir,
+    fsync_file,
     json_bytes,
     make_folder,
     sha256_file,
@@ -46,6 +47,26 @@ def publishing(
     exception the temporary folder is removed; that of a killed process by the next that publishes under this name.
     `num_bytes`: what will be written, for a full disk's message. Killed at each call by tests/faults/test_kill_save.py.
     """
+    with _unpublished(target, num_bytes) as temporary:
+        yield temporary
+        files = _synced_files(temporary)
+        write_json(temporary / MANIFEST, _sealed({"schema": SCHEMA_VERSION, **manifest, "files": files}))
+        _publish(temporary, target, replace=replace)
+
+
+@contextlib.contextmanager
+def appearing(target: Path) -> Iterator[Path]:
+    """As `publishing`, but without a manifest, since others add to the folder later, and never in another's place."""
+    with _unpublished(target) as temporary:
+        yield temporary
+        for file in _files(temporary):
+            fsync_file(file)
+        _publish(temporary, target)
+
+
+@contextlib.contextmanager
+def _unpublished(target: Path, num_bytes: int | None = None) -> Iterator[Path]:
+    """A temporary folder beside `target`, removed in the end unless it has another name by then."""
     with explained(target, num_bytes=num_bytes):
         make_folder(target.parent)
         _sweep_unfinished(target)
@@ -54,14 +75,16 @@ def publishing(
     try:
         with explained(target, num_bytes=num_bytes), _held(temporary):
             yield temporary
-            files = _synced_files(temporary)
-            write_json(temporary / MANIFEST, _sealed({"schema": SCHEMA_VERSION, **manifest, "files": files}))
-            for folder in temporary.rglob("*/"):
-                fsync_dir(folder)
-            fsync_dir(temporary)
-            _take_name(temporary, target, replace=replace)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _publish(temporary: Path, target: Path, *, replace: bool = False) -> None:
+    """Put a folder's entries on disk, all its files being there, and then its name."""
+    for folder in temporary.rglob("*/"):
+        fsync_dir(folder)
+    fsync_dir(temporary)
+    _take_name(temporary, target, replace=replace)
 
 
 @contextlib.contextmanager
@@ -93,12 +116,17 @@ def _remove_idle(folder: Path) -> None:
 def _synced_files(folder: Path) -> dict[str, dict[str, Any]]:
     """Size and SHA-256 of every file in a folder, each of them on disk."""
     entries = {}
-    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+    for file in _files(folder):
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
             digest = hashlib.file_digest(handle, "sha256").hexdigest()
         entries[file.relative_to(folder).as_posix()] = {"bytes": file.stat().st_size, "sha256": digest}
     return entries
+
+
+def _files(folder: Path) -> list[Path]:
+    """Every file in a folder and below."""
+    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def _sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -185,12 +213,13 @@ def sweep(folder: Path) -> None:
     """Holding the run's lock: remove what the killed left behind; a replaced folder without successor is put back."""
     for leftover in sorted(path for path in folder.glob(".*") if is_leftover(path.name)):
         name = leftover.name.removeprefix(REPLACED_PREFIX)
-        if name != leftover.name and not (folder / name).exists():
-            leftover.rename(folder / name)
-        elif leftover.is_dir():
-            _remove_idle(leftover)
-        else:
-            leftover.unlink(missing_ok=True)
+        with explained(leftover):
+            if name != leftover.name and not (folder / name).exists():
+                leftover.rename(folder / name)
+            elif leftover.is_dir():
+                _remove_idle(leftover)
+            else:
+                leftover.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -116,6 +116,11 @@ class RunDir:
         return self.root / "resumes.jsonl"
 
     @property
+    def replays(self) -> Path:
+        """One JSON line each time that logged steps were made again: what was compared, where, and the verdict."""
+        return self.root / "replays.jsonl"
+
+    @property
     def errors(self) -> Path:
         """One JSON line for each error, signal or bug of ours that ended a process which held the folder."""
         return self.root / "errors.jsonl"

@@ -114,7 +114,7 @@ def train(
     ] = None,
     replay: Annotated[
         bool,
-        typer.Option("--replay", help="With --resume: only make logged steps again and compare; changes nothing."),
+        typer.Option("--replay", help="With --resume: only make logged steps again, and compare."),
     ] = False,
     as_json: AsJson = False,
 ) -> None:

@@ -57,6 +57,7 @@ class RunFacts:
     evals: tuple[shapes.EvalLine, ...]
     events: tuple[shapes.EventLine, ...]
     resumes: tuple[shapes.Resume, ...]
+    replays: tuple[shapes.Replay, ...]
     ends: tuple[shapes.End, ...]
     flights: tuple[shapes.Flight, ...]
     environment: shapes.Environment | None
@@ -113,6 +114,7 @@ def read_run(folder: Path, name: str) -> RunFacts:
         evals=tuple(line for line in logged if isinstance(line, shapes.EvalLine)),
         events=tuple(line for line in logged if isinstance(line, shapes.EventLine)),
         resumes=read.lines(run_dir.resumes, shapes.Resume.model_validate_json),
+        replays=read.lines(run_dir.replays, shapes.Replay.model_validate_json),
         ends=read.lines(run_dir.errors, shapes.End.model_validate_json),
         flights=read.flights(run_dir),
         environment=read.file(run_dir.environment, shapes.Environment, "versions and device are not known"),

@@ -1,4 +1,4 @@
-"""What happened to a run besides its steps, in order: resumes and forks, events, and what ended it."""
+"""What happened to a run besides its steps, in order: resumes and forks, events, replays, and what ended it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from itertools import groupby
 from typing import Any
 
 from qlora_train.report.facts import RunFacts
-from qlora_train.report.shapes import Change, End, EventLine, Flight, Problem, Resume
+from qlora_train.report.shapes import Change, End, EventLine, Flight, Problem, Replay, Resume
 from qlora_train.report.words import plain, short
 
 MOST_OF_A_KIND = 12  # rows of a table; of more, the first and the last are shown
@@ -21,6 +21,11 @@ _LEVELS = {
     "D2": ("Resumed", "bit for bit the undisturbed run (D2)"),
     "D1": ("Resumed", "the same rows in the same order, with other rounding (D1)"),
     "D0": ("Forked", "another course from here on (D0)"),
+}
+_VERDICTS = {
+    "D2": "equal to the bit (D2)",
+    "D1": "the same rows in the same order, with other rounding (D1)",
+    "D0": "not the computation that was logged (D0)",
 }
 _STOPS = {
     "numerics": "stopped by a number that is not finite",
@@ -74,25 +79,27 @@ def numbered(runs: Sequence[RunFacts]) -> list[tuple[Happening, ...]]:
 def happenings(run: RunFacts) -> list[Happening]:
     """What happened to a run, oldest first.
 
-    Resumes and errors have a time; an event has a step. A resume drops the lines past its step, so that an event is of
-    the last part of the run that passed its step.
+    Resumes, replays and errors have a time; an event has a step. A resume drops the lines past its step, so that an
+    event is of the last part of the run that passed its step.
     """
     parts: list[list[Happening]] = [[], *([_resumed(resume)] for resume in run.resumes)]
     for group in _in_a_row(run.events):
         parts[_part_of(run, group[0].step)].append(_event(group))
     flights = {flight.step: flight for flight in run.flights}
-    for (_, _, part), same in groupby(run.ends, lambda end: (end.kind, end.problems, _resumes_before(run, end))):
+    for (_, _, part), same in groupby(run.ends, lambda end: (end.kind, end.problems, _resumes_before(run, end.time))):
         ends = list(same)
         flight = next((flights.pop(step) for step in list(flights) if _tells_of(ends[-1], run, step)), None)
         parts[part].append(_ended(ends, flight))
+    for replay in run.replays:
+        parts[_resumes_before(run, replay.time)].append(_replayed(replay))
     for step in flights:  # of which no error tells: before the resume that made the step anew
         later = _part_of(run, step)
         parts[max(later - 1, 0) if step <= run.last_step else later].append(_lost_flight(step))
     return _few([row for part in parts for row in part])
 
 
-def _resumes_before(run: RunFacts, end: End) -> int:
-    return sum(resume.time <= end.time for resume in run.resumes)
+def _resumes_before(run: RunFacts, time: datetime) -> int:
+    return sum(resume.time <= time for resume in run.resumes)
 
 
 def ending(run: RunFacts) -> End | None:
@@ -166,6 +173,23 @@ def _resumed(resume: Resume) -> Happening:
     details = [f"from the checkpoint of step {resume.step:,}: {promise}"]
     details += [_change(change) for change in (*resume.fork, *resume.rounding)]
     return Happening(what, what, _plain(details), resume.step, when=resume.time)
+
+
+def _replayed(replay: Replay) -> Happening:
+    """Logged steps that were made again. The run stays as it was, so that nothing is marked in its curves."""
+    first, last = replay.steps[0].step, replay.steps[-1].step
+    steps = f"step {first:,}" if first == last else f"steps {first:,} to {last:,}"
+    start = f"the checkpoint of step {replay.from_step:,}" if replay.from_step else "the start"
+    details = [f"{steps} made again from {start}: {_VERDICTS[replay.level]}"]
+    if replay.level != "D2":
+        details.append(f"losses up to {max(step.loss_distance for step in replay.steps):.1e} apart")
+    if replay.compared_with is not None:
+        equal = "equal to the bit" if replay.same_adapter else "not equal"
+        details.append(f"the adapter and that of the checkpoint of step {replay.compared_with:,}: {equal}")
+    details += [_change(change) for change in replay.rounding]
+    is_other = replay.level == "D0"
+    what = "Replayed otherwise" if is_other else "Replayed"
+    return Happening("replay", what, _plain(details), None, when=replay.time, is_bad=is_other)
 
 
 def _change(change: Change) -> str:

@@ -87,6 +87,25 @@ class Resume(Shape):
     rounding: tuple[Change, ...] = ()
 
 
+class ReplayedStep(Shape):
+    """A step as it was logged, and as it was made again."""
+
+    step: int
+    loss_distance: float
+
+
+class Replay(Shape):
+    """A line of replays.jsonl: logged steps that were made again; train/replay.py describes the levels."""
+
+    time: AwareDatetime
+    level: Literal["D2", "D1", "D0"]
+    from_step: int
+    steps: tuple[ReplayedStep, ...] = Field(min_length=1)
+    compared_with: int | None = None
+    same_adapter: bool | None = None
+    rounding: tuple[Change, ...] = ()
+
+
 class Problem(Shape):
     """One thing that was wrong."""
 

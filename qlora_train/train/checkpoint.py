@@ -29,8 +29,9 @@ from qlora_train.untrusted import refuse_pickles
 
 _OPTIMIZER = "optimizer.safetensors"
 _STATE = "state.json"
+_LAST_STEPS = "last_steps.json"
 _METHOD_TENSORS, _METHOD_VALUES = "method.safetensors", "method.json"  # of a method that keeps a state
-NOWHERE: Mapping[str, Any] = {}  # no environment is known
+NOTHING: Mapping[str, Any] = {}  # no environment is known, no step was made
 WAIT_S = 30.0
 
 
@@ -49,13 +50,14 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     binding: Binding,
     hooks: MethodHooks = NO_HOOKS,
-    environment: Mapping[str, Any] = NOWHERE,
+    environment: Mapping[str, Any] = NOTHING,
+    last_steps: Mapping[str, Any] = NOTHING,
 ) -> Checkpoint:
     """Write one checkpoint whole or not at all. An existing one of the same step is replaced."""
     target = run_dir.checkpoint(state.step)
     manifest = {"step": state.step, "binding": binding.as_dict(), "environment": dict(environment)}
     with publishing(target, manifest=manifest, num_bytes=checkpoint_bytes(model, optimizer), replace=True) as folder:
-        write_checkpoint(folder, run_dir, state, model, optimizer, hooks)
+        write_checkpoint(folder, run_dir, state, model, optimizer, hooks, last_steps)
     return Checkpoint(state.step, target)
 
 
@@ -80,12 +82,15 @@ def write_checkpoint(
     model: PeftModel,
     optimizer: torch.optim.Optimizer,
     hooks: MethodHooks = NO_HOOKS,
+    last_steps: Mapping[str, Any] = NOTHING,
 ) -> None:
     """The files of a checkpoint, but for its manifest, into a folder."""
     save_adapter(model, folder)
     save_file(optimizer_tensors(model, optimizer), folder / _OPTIMIZER)
     (folder / _STATE).write_text(json.dumps(state.as_dict(), indent=1), encoding="utf-8")
     shutil.copyfile(run_dir.recipe, folder / run_dir.recipe.name)
+    if last_steps:
+        (folder / _LAST_STEPS).write_text(json.dumps(last_steps), encoding="utf-8")
     if kept := hooks.state_dict():
         tensors = {name: value.detach().cpu().contiguous() for name, value in kept.items() if isinstance(value, Tensor)}
         plain = {name: value for name, value in kept.items() if name not in tensors}
@@ -94,7 +99,7 @@ def write_checkpoint(
 
 
 def checkpoint_bytes(model: PeftModel, optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of the tensors of a checkpoint; the rest of it is some ten kilobytes."""
+    """Bytes of the tensors of a checkpoint; the rest of it is a kilobyte for each of them at most."""
     moments = (value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
     return sum(tensor.nbytes for tensor in (*trainable_parameters(model).values(), *moments))
 
@@ -109,6 +114,13 @@ def stored_environment(checkpoint: Checkpoint) -> dict[str, Any]:
     """What the machine was that wrote the checkpoint; empty where it does not say."""
     environment: dict[str, Any] = read_manifest(checkpoint.folder).get("environment", {})
     return environment
+
+
+def stored_last_steps(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Figures of the steps up to the checkpoint, as train/last_steps.py lays them out; empty where it has none."""
+    path = checkpoint.folder / _LAST_STEPS
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found
 
 
 def find_checkpoint(run_dir: RunDir, step: int | None = None) -> tuple[Checkpoint, list[str]]:

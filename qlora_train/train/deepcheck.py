@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from qlora_train.adapters.attach import split_parameter_name
 from qlora_train.adapters.forms.base import layer_tensors
 from qlora_train.adapters.layers import adapted_layers
 from qlora_train.adapters.tokens import token_layers
@@ -296,8 +297,8 @@ def _reached(what: str, job: Job, tensors: Mapping[str, Tensor], parts: Sequence
     """
     norms: dict[str, float] = {}
     for name, tensor in tensors.items():
-        layer, _, attribute = name.rpartition(".lora_")
-        if f"lora_{attribute.partition('.')[0]}" in parts:
+        layer, attribute = split_parameter_name(name)
+        if attribute in parts:
             norms[layer] = max(norms.get(layer, 0.0), _norm([tensor]))
     layers = _layers_with(job.model, parts)
     missing = [name for name in layers if not 0 < norms.get(name, 0.0) < float("inf")]

@@ -3,7 +3,8 @@
 `flight/step-000012/` in the run folder, published whole, like a checkpoint:
 
     flight.json        step, loss, grad_norm, learning_rate, what was first not finite, the rows with their text, and of
-                       the last steps loss, grad_norm and, for every trained tensor, the norms of gradient and value.
+                       the last steps, those before a resume too, loss, grad_norm and, for every trained tensor, the
+                       norms of gradient and value (train/last_steps.py).
                        Numbers that are not finite are text: "nan", "inf"
     batch.safetensors  the micro-batches of the step: `0/input_ids`, `0/labels`, `0/position_ids`, `0/weights`, `1/...`
 """
@@ -12,7 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -25,29 +25,16 @@ from torch import Tensor, nn
 from qlora_train.artifacts.folders import publishing
 from qlora_train.data.loader import MicroBatch
 from qlora_train.errors import NumericsError
-from qlora_train.names import PEFT_PREFIX
 from qlora_train.printable import printable_lines
 from qlora_train.seeds import derive_seed
 from qlora_train.train.job import Job
+from qlora_train.train.last_steps import short_name
 from qlora_train.train.optim import trainable_parameters
 from qlora_train.train.step import NotFinite, StepResult, backward, norms
 from qlora_train.train.watch import DeadAdapters
 
-STEPS_KEPT = 20
 MAX_ROW_CHARS = 4000  # of a row's text in flight.json
 ROWS_NAMED = 4  # in a message
-
-
-@dataclass(frozen=True)
-class _Noted:
-    """One step. Norms are (P,), left on their device: nothing waits for them."""
-
-    step: int
-    loss: float
-    grad_norm: float
-    learning_rate: float
-    grad_norms: Tensor
-    weight_norms: Tensor
 
 
 @dataclass(frozen=True)
@@ -64,7 +51,7 @@ class Culprit:
 
 
 class FlightRecorder:
-    """Keeps the norms of the last steps of this process; tells of dead adapters; writes down what went wrong.
+    """Keeps the norms of the last steps in the job; tells of dead adapters; writes down what went wrong.
 
     A step costs the norms of all trained tensors; those of the gradients are the step's own
     (`make prove WHAT=resume` measures it).
@@ -73,19 +60,13 @@ class FlightRecorder:
     def __init__(self, job: Job, command: str, from_step: int = 0) -> None:
         """`command`: what started the run; `from_step`: the steps made before this process, 0 unless resumed."""
         self._job, self._started_by = job, command
-        names = {parameter: name for name, parameter in trainable_parameters(job.model).items()}
-        self._parameters = [p for group in job.optimizer.param_groups for p in group["params"]]
-        self._names = [_short(names.get(parameter, f"tensor {i}")) for i, parameter in enumerate(self._parameters)]
-        self._noted: deque[_Noted] = deque(maxlen=STEPS_KEPT)
-        self._dead = DeadAdapters(self._names, norms(self._parameters), from_start=from_step == 0)
+        self._names = job.last_steps.names
+        self._dead = DeadAdapters(self._names, norms(job.last_steps.parameters), from_start=from_step == 0)
 
     def note(self, step: int, result: StepResult, learning_rate: float) -> list[str]:
-        """Keep what a step came to; what is to be said of adapters that do not learn."""
+        """Keep what step `step`, from 0, came to; what is to be said of adapters that do not learn."""
         assert result.grad_norms is not None
-        weight_norms = norms(self._parameters)
-        self._noted.append(
-            _Noted(step + 1, result.loss, result.grad_norm, learning_rate, result.grad_norms, weight_norms)
-        )
+        weight_norms = self._job.last_steps.note(step + 1, result, learning_rate)
         return self._dead.look(result.grad_norms, weight_norms, result.grad_norm, learning_rate)
 
     @contextmanager
@@ -123,7 +104,7 @@ class FlightRecorder:
             "learning_rate": learning_rate,
             "first_not_finite": asdict(found) | {"text": str(found)} if found else None,
             "rows": list(self._rows(batches)),
-            "last_steps": self._last_steps(),
+            "last_steps": self._job.last_steps.as_dict(),
             "this_step": {"grad_norm_of": dict(zip(self._names, error.grad_norms.tolist(), strict=True))},
             "repeat": self._command(step),
         }
@@ -160,15 +141,6 @@ class FlightRecorder:
                     "text": printable_lines(text[:MAX_ROW_CHARS]) + more,
                 }
 
-    def _last_steps(self) -> dict[str, Any]:
-        """Each figure as a list over the steps kept, oldest first."""
-        noted = list(self._noted)
-        by_step = {key: [getattr(one, key) for one in noted] for key in ("step", "loss", "grad_norm", "learning_rate")}
-        for key, values in (("grad_norm_of", "grad_norms"), ("norm_of", "weight_norms")):
-            rows = torch.stack([getattr(one, values).cpu() for one in noted]) if noted else torch.zeros(0, 0)
-            by_step[key] = dict(zip(self._names, rows.t().tolist(), strict=False))  # type: ignore[assignment]
-        return by_step
-
     def _command(self, step: int) -> str:
         """What comes to the same step again."""
         return f"{self._started_by} --resume --from {step}" if step else self._started_by
@@ -202,7 +174,7 @@ def find_culprit(job: Job, batches: Sequence[MicroBatch], step: int) -> Culprit 
     """
     for name, parameter in trainable_parameters(job.model).items():
         if not _is_finite(parameter):
-            return Culprit("value", _short(name), None)
+            return Culprit("value", short_name(name), None)
     found: list[Culprit] = []
     micro_step = -1
 
@@ -219,8 +191,8 @@ def find_culprit(job: Job, batches: Sequence[MicroBatch], step: int) -> Culprit 
     with ExitStack() as stack:
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         modules = ((name, module) for name, module in job.model.named_modules() if name)
-        handles = [watch(module, _short(name)) for name, module in modules]
-        handles += [watch_gradient(p, _short(name)) for name, p in trainable_parameters(job.model).items()]
+        handles = [watch(module, short_name(name)) for name, module in modules]
+        handles += [watch_gradient(p, short_name(name)) for name, p in trainable_parameters(job.model).items()]
         for handle in handles:
             stack.callback(handle.remove)
         total = sum(batch.weight_sum for batch in batches)
@@ -247,11 +219,6 @@ def _is_finite(value: Any) -> bool:
     if isinstance(value, dict):
         return all(map(_is_finite, value.values()))
     return all(map(_is_finite, value)) if isinstance(value, tuple | list) else True
-
-
-def _short(name: str) -> str:
-    """A name as the base's own files have it, the adapter's tensor behind it."""
-    return name.removeprefix(PEFT_PREFIX).replace(".default", "").removesuffix(".weight")
 
 
 def _as_json(value: Any) -> Any:

@@ -16,6 +16,7 @@ from qlora_train.data.loader import Loader
 from qlora_train.data.table import TokenTable
 from qlora_train.model.causal import CausalModel
 from qlora_train.recipe.schema import Recipe
+from qlora_train.train.last_steps import LastSteps
 from qlora_train.train.metrics import Reporter
 from qlora_train.train.state import Binding
 
@@ -37,6 +38,7 @@ class Job:
     binding: Binding
     environment: Mapping[str, Any]  # what the machine computes with: fork.environment_changes compares it
     reporter: Reporter
+    last_steps: LastSteps
     hooks: MethodHooks = NO_HOOKS
 
     @property

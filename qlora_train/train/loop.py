@@ -144,6 +144,7 @@ def _evaluate(job: Job, state: TrainState, metrics: Metrics, memory: MemoryLog, 
     job.reporter.evaluation(state.step, validation.loss)
     if state.best_eval_loss is None or validation.loss < state.best_eval_loss:
         state.best_step, state.best_eval_loss = state.step, validation.loss
+        state.best_rows = job.eval_table.fingerprint()
     return validation
 
 
@@ -160,7 +161,10 @@ def _save(job: Job, state: TrainState, metrics: Metrics) -> Checkpoint:
         )
     metrics.sync()
     state.plan_sha256 = job.loader.plan_digest(state.step)
-    return save_checkpoint(job.run_dir, state, job.model, job.optimizer, job.binding, job.hooks, job.environment)
+    last_steps = job.last_steps.as_dict()
+    return save_checkpoint(
+        job.run_dir, state, job.model, job.optimizer, job.binding, job.hooks, job.environment, last_steps
+    )
 
 
 def _save_what_was_trained(job: Job, state: TrainState, metrics: Metrics, error: BaseException) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import resource
 import sys
 from collections.abc import Callable, Mapping
@@ -15,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
-from qlora_train.artifacts.files import write_file
+from qlora_train.artifacts.files import fsync_file, write_file
 from qlora_train.train.state import TrainState
 from qlora_train.train.step import StepResult
 
@@ -177,8 +176,8 @@ class Metrics:
 
     def sync(self) -> None:
         """Put the lines on disk: a checkpoint that outlives a power cut has all of its steps logged."""
-        with suppress(OSError), self._path.open("rb") as file:
-            os.fsync(file.fileno())
+        with suppress(OSError):
+            fsync_file(self._path)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

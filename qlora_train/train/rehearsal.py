@@ -6,7 +6,6 @@ made for the occasion go again, and every random draw of a step has a seed of it
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 import time
@@ -18,7 +17,7 @@ import psutil
 import torch
 
 from qlora_train.adapters.layers import lora_layers
-from qlora_train.artifacts.files import TEMPORARY_PREFIX, explained
+from qlora_train.artifacts.files import TEMPORARY_PREFIX, explained, fsync_file
 from qlora_train.artifacts.layout import RunDir
 from qlora_train.data.loader import MicroBatch, eval_batches
 from qlora_train.evaluate.tasks import Question, generate_texts
@@ -121,8 +120,7 @@ def rehearse_saving(run_dir: RunDir, job: Job, state: TrainState) -> tuple[int, 
         num_bytes = 0
         for path in Path(name).iterdir():
             num_bytes += path.stat().st_size
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+            fsync_file(path)
         return num_bytes, time.perf_counter() - started
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,10 +15,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qlora_train.adapters.state import WEIGHTS, adapter_tensors
-from qlora_train.artifacts.files import read_json
+from qlora_train.artifacts.files import append_json_line, read_json
 from qlora_train.artifacts.folders import MANIFEST, locked
 from qlora_train.artifacts.layout import RunDir
 from qlora_train.errors import MachineError, ResumeError
+from qlora_train.plain import to_plain
 from qlora_train.quant.fingerprint import hash_tensors
 from qlora_train.recipe.load import LoadedRecipe
 from qlora_train.train.checkpoint import Checkpoint, find_checkpoint, stored_binding, stored_environment
@@ -118,7 +120,10 @@ class _Choice:
 
 
 def run_replay(loaded: LoadedRecipe, *, from_step: int | None, reporter: Reporter) -> Replay:
-    """Make the steps after a checkpoint again, in memory; see `api.replay` for what it raises. Nothing is written."""
+    """Make the steps after a checkpoint again, in memory; see `api.replay` for what it raises.
+
+    A line of `replays.jsonl` is all that is written.
+    """
     run_dir = RunDir(loaded.recipe.run.dir)
     if not run_dir.root.is_dir():
         raise ResumeError(f"{run_dir.root} does not exist: there is nothing to replay", fix="name the run's own recipe")
@@ -145,7 +150,7 @@ def run_replay(loaded: LoadedRecipe, *, from_step: int | None, reporter: Reporte
             stop.check()
             steps.append(_replayed(_step(job, number - 1), number, logged[number]))
             reporter.message(f"step {number} made again")
-        return Replay(
+        found = Replay(
             run_dir.root,
             from_step=state.step,
             steps=tuple(steps),
@@ -155,6 +160,18 @@ def run_replay(loaded: LoadedRecipe, *, from_step: int | None, reporter: Reporte
             tolerance=LOSS_TOLERANCE[job.recipe.model.compute_dtype],
             repeats=job.accelerator.device.type == "cpu",
         )
+        _record(run_dir, found, job.environment, reporter)
+        return found
+
+
+def _record(run_dir: RunDir, found: Replay, environment: Mapping[str, Any], reporter: Reporter) -> None:
+    """Both sides of every step, the verdict, and what computed it here. A full disk costs the line, not the verdict."""
+    compared = {key: value for key, value in to_plain(found).items() if key != "run_dir"}
+    entry = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **compared, "environment": dict(environment)}
+    try:
+        append_json_line(run_dir.replays, entry)
+    except MachineError as error:
+        reporter.warning(f"the replay is not recorded: {error.problems[0].what}")
 
 
 def _logged_steps(run_dir: RunDir) -> Iterator[tuple[int, dict[str, Any]]]:

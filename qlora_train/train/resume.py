@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qlora_train.artifacts.files import explained
 from qlora_train.artifacts.layout import RunDir
 from qlora_train.data.account import build_loader
 from qlora_train.errors import RecipeError
@@ -17,6 +18,7 @@ from qlora_train.train.checkpoint import (
     retire_newer,
     stored_binding,
     stored_environment,
+    stored_last_steps,
 )
 from qlora_train.train.fork import (
     SPLIT,
@@ -95,6 +97,7 @@ def restore(resume: Resume, prepared: Prepared, loaded: LoadedRecipe) -> tuple[T
     state = restore_checkpoint(
         resume.checkpoint, job.model, job.optimizer, job.binding, job.hooks, allowed=resume.accepted
     )
+    job.last_steps.restore(stored_last_steps(resume.checkpoint))
     if resume.is_another_split:
         _check_other_split(prepared, state, resume.binding["recipe"])
     elif changes:
@@ -141,7 +144,8 @@ def go_on(resume: Resume, prepared: Prepared, state: TrainState, changes: Sequen
         rounding = [*changes, *rounding]
     level = level_of(forked, rounding, job)
     record_resume(run_dir, name, state.step, level, forked, rounding)
-    run_dir.summary.unlink(missing_ok=True)
+    with explained(run_dir.summary):
+        run_dir.summary.unlink(missing_ok=True)
     retire_newer(run_dir, state.step)
     forget_lost_best(run_dir, state, job.reporter)
     scorer.forget_other_best(state)

@@ -103,11 +103,13 @@ def run_training(
             write_facts(loaded, prepared, checked)
         _rehearse(prepared, scorer, state, memory)
         stop.check()
+        base = scorer.base(resumed=resume)
+        stop.check()
         if going_on is not None:  # only now: whatever refused or stopped so far has left the run as it was
             go_on(going_on, prepared, state, changes, scorer)
             write_facts(loaded, prepared, checked)
-        base = scorer.base(resumed=resume)
-        stop.check()
+        memory.write()
+        scorer.keep_base(base)
         validation = _train(loaded, prepared, state, base, stop, memory, resumed=resume)
         adapter = scorer.adapter(state, validation)
         _publish(prepared, state, memory)
@@ -141,7 +143,6 @@ def _rehearse(prepared: Prepared, scorer: Scorer, state: TrainState, memory: Mem
     for line in memory.summary():
         job.reporter.message(line)
     memory.compare()
-    memory.write()
 
 
 def _selfcheck(prepared: Prepared) -> SelfCheck:

@@ -33,17 +33,21 @@ class Scorer:
             self.questions = questions_of(self._split, prepared.inputs.tokenizer, limit)
 
     def base(self, *, resumed: bool) -> SideScores | None:
-        """The base without the adapter; measured once per run, whatever is resumed."""
-        path = self._job.run_dir.evaluation
+        """The base without the adapter; measured once per run, whatever is resumed. Nothing is written."""
         if self._split is None:
             return None
         if resumed and (stored := self._stored())["measured_on"] == self._measured_on():
             return SideScores.from_dict(stored["base"])
         with untrained(self._job.model):
             scores = self._score(None, "of the base")
-        write_json(path, {"measured_on": self._measured_on(), "base": scores.as_dict(), "adapter": None})
         self._job.reporter.evaluation(0, scores.loss)
         return scores
+
+    def keep_base(self, scores: SideScores | None) -> None:
+        """Write what `base` found to `eval.json`, in which no adapter is measured then."""
+        if scores is not None:
+            content = {"measured_on": self._measured_on(), "base": scores.as_dict(), "adapter": None}
+            write_json(self._job.run_dir.evaluation, content)
 
     def adapter(self, state: TrainState, validation: Validation | None) -> SideScores | None:
         """Put the best adapter in place and measure it; `eval.json` then holds both sides."""
@@ -61,7 +65,8 @@ class Scorer:
         """A held-out loss says which checkpoint is best only among those measured on the same rows."""
         if state.best_step is None:
             return
-        if self._stored()["measured_on"].get("rows") != self._measured_on()["rows"]:
+        measured_on = state.best_rows or self._stored()["measured_on"].get("rows")
+        if measured_on != self._measured_on()["rows"]:
             self._job.reporter.warning(
                 "the held-out rows have changed: which checkpoint is best is judged from here on"
             )

@@ -54,6 +54,7 @@ from qlora_train.recipe.schema import Recipe
 from qlora_train.train.disk import refuse_full_disk
 from qlora_train.train.job import Job
 from qlora_train.train.keys import trajectory_keys
+from qlora_train.train.last_steps import LastSteps
 from qlora_train.train.metrics import Reporter
 from qlora_train.train.optim import build_optimizer, check_optimizer
 from qlora_train.train.speed import Speed, settle_memory, settle_speed, with_split
@@ -212,12 +213,13 @@ def prepare(
     # accelerate keeps the first device of a process for ever; a second run of a notebook may want another.
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=base.device.type == "cpu", mixed_precision="no")
+    optimizer = build_optimizer(model, recipe.train, recipe.adapter)
     job = Job(
         recipe=recipe,
         run_dir=run_dir,
         causal=causal,
         model=model,
-        optimizer=build_optimizer(model, recipe.train, recipe.adapter),
+        optimizer=optimizer,
         accelerator=accelerator,
         loader=loader,
         eval_table=inputs.eval.table if inputs.eval else None,
@@ -226,6 +228,7 @@ def prepare(
         binding=_binding(recipe, inputs, base),
         environment={**environment(), "device": base.device.type, "layers_compiled": speed.compiled},
         reporter=reporter,
+        last_steps=LastSteps(model, optimizer),
         hooks=method_hooks(
             model,
             recipe.adapter,

@@ -7,7 +7,7 @@ from typing import Any
 
 from qlora_train.errors import ResumeError
 
-_MAY_LACK = frozenset({"evaluation_due", "recent_losses"})
+_MAY_LACK = frozenset({"best_rows", "evaluation_due", "recent_losses"})
 
 
 @dataclass
@@ -26,6 +26,7 @@ class TrainState:
     train_s: float = 0.0
     best_step: int | None = None
     best_eval_loss: float | None = None
+    best_rows: str = ""  # fingerprint of the held-out rows that it was measured on
     evaluation_due: bool = False  # of this step: memory ran out in it
     recent_losses: list[float] = field(default_factory=list)  # of the last steps: what a spike is told by
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTracker, WandBTracker
 
-from qlora_train.artifacts.files import read_json, write_json
+from qlora_train.artifacts.files import explained, make_folder, read_json, write_json
 from qlora_train.artifacts.layout import RunDir
 from qlora_train.recipe.load import recipe_as_dict
 from qlora_train.recipe.schema import Recipe
@@ -116,7 +116,8 @@ def _build(recipe: Recipe, run_dir: RunDir, *, resumed: bool, step: int) -> list
     known = read_json(identity) if resumed and identity.is_file() else {"id": secrets.token_hex(4), "trackers": []}
     if not resumed:
         shutil.rmtree(folder / "tensorboard", ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
+    with explained(folder):
+        make_folder(folder)
     write_json(identity, {"id": known["id"], "trackers": sorted({*known["trackers"], *names})})
     run_name = run_dir.root.name
     built = []

@@ -8,6 +8,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from qlora_train.adapters.state import split_name
 from qlora_train.names import TOKEN_ROWS
 
 WINDOW = 50  # steps that a loss is held against
@@ -43,8 +44,9 @@ class DeadAdapters:
 
     def __init__(self, names: Sequence[str], weight_norms: Tensor, *, from_start: bool = True) -> None:
         # Rows of new tokens wait until their tokens are read.
-        self._places = [place for place, name in enumerate(names) if f".{TOKEN_ROWS}" not in name]
-        self._layers = [names[place].partition(".lora_")[0] for place in self._places]
+        split = [split_name(name) for name in names]
+        self._places = [place for place, (_, attribute) in enumerate(split) if attribute != TOKEN_ROWS]
+        self._layers = [split[place][0] or names[place] for place in self._places]
         self._start = weight_norms[self._places]
         self._reached = torch.zeros(len(self._places), dtype=torch.bool, device=weight_norms.device)
         self._moved = self._reached.clone()

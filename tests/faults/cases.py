@@ -26,6 +26,7 @@ PHASES: dict[str, tuple[str, int, int | None]] = {
     "the adapter's answers": ("qlora_train.train.scores:score_side", 2, 9),
     "publishing": ("qlora_train.train.run:save_adapter", 1, 9),
 }
+OF_ROOM = ("ENOSPC", "EDQUOT", "EIO")  # of whose messages bytes are a part
 CONTROLS = ("lose_moments", "restart_rows", "shift_rows", "count_dropout", "swap_micro_batches", "fuse_optimizer")
 
 
@@ -43,10 +44,12 @@ def kill_and_resume(scene: Scene, point: Point) -> str:
 
 
 def fail_and_resume(scene: Scene, point: Point, error: str) -> str:
-    """A call of a save fails: exit code 6, a message with path (on a full disk, bytes), the checkpoint before stays."""
+    """A call of a save fails: exit code 6, a message with path (and bytes, where it is of room), older ones stay."""
     before = max(steps_of(scene.folder / "before" / "run"))
     folder, ended = with_fault(scene, point.fail(error))
-    if ended.code != 6 or f"step-{STEP:06d}" not in ended.said or ("MiB free" in ended.said) != (error == "ENOSPC"):
+    if ended.code != 6 or f"step-{STEP:06d}" not in ended.said:
+        return f"{ended}"
+    if (" needed" in ended.said, "MiB free" in ended.said) != (error in OF_ROOM, error == "ENOSPC"):
         return f"{ended}"
     if (spoilt := damaged(folder / "run")) or before not in steps_of(folder / "run"):
         return f"after the error: {steps_of(folder / 'run')}, damaged: {spoilt}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import ctypes
 import errno
+import fcntl
 import importlib
 import itertools
 import json
@@ -85,6 +86,30 @@ def report_free_space(num_bytes: int) -> None:
     """Let the disk seem to have so much room."""
     real = shutil.disk_usage
     shutil.disk_usage = lambda path: real(path)._replace(free=num_bytes)  # type: ignore[assignment]
+
+
+def refuse_locks() -> None:
+    """As a file system does that has no locks."""
+
+    def refusing(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    fcntl.flock = refusing  # type: ignore[assignment]
+
+
+def kill_template_worker(call: int) -> None:
+    """kill -9 the process that renders templates, just before it is given rows for the n-th time."""
+    from qlora_train.data.sandbox import Sandbox
+
+    submit, count = Sandbox.submit, itertools.count(1)
+
+    def killing(self: Any, *arguments: Any) -> Any:
+        if next(count) == call:
+            os.kill(self._worker._process.pid, signal.SIGKILL)
+            print("a template worker was killed", file=sys.stderr)
+        return submit(self, *arguments)
+
+    Sandbox.submit = killing  # type: ignore[method-assign]
 
 
 def mount_read_only(path: str) -> None:
@@ -207,7 +232,8 @@ def fuse_optimizer() -> None:
 SETUPS: dict[str, Callable[..., None]] = {
     function.__name__: function
     for function in (
-        *(stop_at_save, list_modules, limit_file_size, fill_disk, report_free_space, mount_read_only),
+        *(stop_at_save, list_modules, limit_file_size, fill_disk, report_free_space, mount_read_only, refuse_locks),
+        kill_template_worker,
         *(signal_at, ignore_signal, close_pipe, leave_removed_folder),
         *(lose_moments, restart_rows, shift_rows, swap_micro_batches, count_dropout, fuse_optimizer),
     )

@@ -157,10 +157,11 @@ class Launcher:
 
 
 def outcome_of(run: Path) -> dict[str, str]:
-    """SHA-256 of adapter and optimiser at the end and of the published adapter, and every logged value."""
+    """SHA-256 of adapter, optimiser and last steps at the end and of the published adapter, and every logged value."""
     last = max((run / "ckpt").glob("step-*"))
     files = (*sorted(last.glob("*.safetensors")), run / "adapter" / "adapter_model.safetensors")
     found = {f"{path.parent.name}/{path.name}": _tensors_digest(path) for path in files}
+    found["last_steps.json"] = hashlib.sha256((last / "last_steps.json").read_bytes()).hexdigest()
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     logged = [{key: value for key, value in line.items() if key not in _UNLOGGED} for line in lines]
     return found | {"logged": "\n".join(map(repr, logged))}

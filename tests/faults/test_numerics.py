@@ -74,6 +74,10 @@ def test_a_step_that_is_not_finite_is_recorded_and_changes_nothing(
     assert [(event["step"], event["what"]) for event in events] == [(3, "loss spike")] and len(events[0]["rows"]) > 1
     assert "step 3: the loss leaps to" in outcome.err
 
+    assert run_cli("train", recipe, "--resume").code == 7
+    again = json.loads((flight / "flight.json").read_text())
+    assert again["last_steps"] == record["last_steps"], "what was before the resume is known after it"
+
 
 @pytest.mark.slow
 def test_a_run_goes_on_as_if_nothing_had_been(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import signal
@@ -30,6 +31,33 @@ def test_sigterm_in_an_evaluation(scene: Scene) -> None:
 def test_every_signal_in_every_phase(scene: Scene, number: signal.Signals) -> None:
     wrong = {phase: found for phase in PHASES if (found := stop_and_resume(scene, phase, number))}
     assert not wrong
+
+
+def test_a_template_worker_that_is_killed_is_replaced(scene: Scene) -> None:
+    """The rows are those of the straight run; a cache of its own makes the child read and render them."""
+    folder = scene.before_start()
+    environment, setups = {"QLORA_TRAIN_CACHE": str(folder / "cache")}, [("kill_template_worker", {"call": 1})]
+    ended = scene.launcher.run("data", folder / "recipe.yaml", environment=environment, setups=setups)
+    assert ended.code == 0 and "a template worker was killed" in ended.said, ended
+    keys = ("num_rows", "num_tokens", "num_supervised_tokens")
+    found, expected = (
+        [[split[key] for key in keys] for split in json.loads((path / "run" / "data.json").read_text())["splits"]]
+        for path in (folder, scene.folder / "straight")
+    )
+    assert found == expected and found[0][0] == 24
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_rows_are_read_leaves_no_cache_behind(scene: Scene, number: signal.Signals) -> None:
+    """In the middle of them, while another process renders their templates."""
+    folder = scene.before_start()
+    cache = {"environment": {"QLORA_TRAIN_CACHE": str(folder / "cache")}}
+    options = {"where": "qlora_train.data.encode:Encoder.encode", "call": 1, "numbers": (number,)}
+    ended_by(scene.train(folder, setups=[("signal_at", options)], **cache), number)
+    assert steps_of(folder / "run") == [] and leftovers(folder / "run") == []
+    assert not list((folder / "cache").rglob("*.arrow"))
+    assert scene.finish(folder, **cache) == ""
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""`train --resume --replay`: a logged step made again, held against the log; nothing of the run changes."""
+"""`train --resume --replay`: a logged step made again, held against the log; but for its record nothing changes."""
 
 from __future__ import annotations
 
@@ -24,33 +24,45 @@ def edit_loss(run: Path, step: int, factor: float) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def test_the_last_steps_are_made_again_to_the_bit(straight: Path) -> None:
-    before = contents(straight / "run")
-    outcome = run_cli("train", straight / "recipe.yaml", "--resume", "--replay", "--json")
+@pytest.fixture
+def own(straight: Path, tmp_path: Path) -> Path:
+    """A copy of the straight run, which a replay may write its record into."""
+    return Path(shutil.copytree(straight, tmp_path / "own"))
+
+
+def test_the_last_steps_are_made_again_to_the_bit(own: Path) -> None:
+    run = own / "run"
+    before = contents(run)
+    outcome = run_cli("train", own / "recipe.yaml", "--resume", "--replay", "--json")
     assert outcome.code == 0, outcome.err
     found = json.loads(outcome.out)
     assert (found["from_step"], found["level"], found["compared_with"], found["same_adapter"]) == (4, "D2", 5, True)
     assert [step["step"] for step in found["steps"]] == [5] and found["steps"][0]["is_equal"]
-    assert contents(straight / "run") == before
+    after = contents(run)
+    entry = json.loads(after.pop(run / "replays.jsonl"))
+    assert after == before
+    assert {key: entry[key] for key in found if key != "run_dir"} == {k: v for k, v in found.items() if k != "run_dir"}
+    assert entry["environment"] == json.loads((run / "environment.json").read_text())
 
 
-def test_from_a_step_to_the_next_checkpoint(straight: Path) -> None:
-    outcome = run_cli("train", straight / "recipe.yaml", "--resume", "--replay", "--from", "2")
+def test_from_a_step_to_the_next_checkpoint(own: Path) -> None:
+    outcome = run_cli("train", own / "recipe.yaml", "--resume", "--replay", "--from", "2")
     assert outcome.code == 0 and "2 logged steps, from the checkpoint of step 2" in outcome.out, outcome.err
     assert "step 4: equal to the bit" in outcome.out and "D2: equal to the bit" in outcome.out
 
 
 @pytest.mark.parametrize(("factor", "code", "level"), [(1 + 1e-9, 0, "D1"), (1.001, 5, "D0")])
-def test_another_loss_is_told_by_its_distance(
-    straight: Path, tmp_path: Path, factor: float, code: int, level: str
-) -> None:
-    """Negative control: what is no rounding is refused."""
-    folder = tmp_path / "run"
-    shutil.copytree(straight, folder)
-    edit_loss(folder / "run", 5, factor)
-    outcome = run_cli("train", folder / "recipe.yaml", "--resume", "--replay")
+def test_another_loss_is_told_by_its_distance(own: Path, factor: float, code: int, level: str) -> None:
+    """Negative control: what is no rounding is refused. Either verdict is recorded, and the report shows it."""
+    edit_loss(own / "run", 5, factor)
+    outcome = run_cli("train", own / "recipe.yaml", "--resume", "--replay")
     assert outcome.code == code and f"{level}: " in outcome.out, outcome.err
     assert code == 0 or "step 5 is not the one that was logged" in outcome.err
+    entry = json.loads((own / "run" / "replays.jsonl").read_text())
+    assert entry["level"] == level and entry["steps"][0]["loss"] != entry["steps"][0]["logged_loss"]
+    assert run_cli("report", own / "run").code == 0
+    page = (own / "run" / "report.html").read_text()
+    assert "step 5 made again from the checkpoint of step 4" in page and f"({level})" in page
 
 
 @pytest.mark.slow
@@ -65,12 +77,12 @@ def test_without_a_later_step_the_first_one_is_made_again(straight: Path, tmp_pa
     assert "D2: equal to the bit" in outcome.out
 
 
-def test_lost_moments_are_no_rounding(straight: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lost_moments_are_no_rounding(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: step 5 has its loss and gradient norm before the update that the moments decide."""
     from qlora_train.train import checkpoint
 
     monkeypatch.setattr(checkpoint, "restore_optimizer", lambda *_: None)
-    outcome = run_cli("train", straight / "recipe.yaml", "--resume", "--replay", "--from", "4")
+    outcome = run_cli("train", own / "recipe.yaml", "--resume", "--replay", "--from", "4")
     assert outcome.code == 5 and "equal gradients, another update: the optimiser's state" in outcome.err, outcome.err
     assert "D0: " in outcome.out
 

@@ -73,19 +73,22 @@ def test_a_used_folder_says_what_it_holds(straight: Path, tmp_path: Path) -> Non
     assert "checkpoints of steps 2." in outcome.err
 
 
+@pytest.mark.parametrize(
+    ("where", "change"), [("run.rehearse", "eval.every=1"), ("scores.score_side", "eval.max_new_tokens=5")]
+)
 def test_a_resume_that_does_not_fit_leaves_the_run_as_it_was(
-    straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, change: str
 ) -> None:
-    from qlora_train.train import run as module
+    """In the rehearsal, or when the base is measured anew: newer checkpoints go when the run is sure to go on."""
 
-    def too_large(*_: object) -> None:
+    def too_large(*_: object, **__: object) -> None:
         raise OutOfMemory("too large", fix="take less")
 
-    monkeypatch.setattr(module, "rehearse", too_large)
+    monkeypatch.setattr(f"qlora_train.train.{where}", too_large)
     folder = tmp_path / "run"
     shutil.copytree(straight, folder)
     before = contents(folder / "run")
-    outcome = run_cli("train", folder / "recipe.yaml", "--resume", "--from", "2", "eval.every=1")
+    outcome = run_cli("train", folder / "recipe.yaml", "--resume", "--from", "2", change)
     assert outcome.code == 9, outcome.err
     after = contents(folder / "run")
     assert after.pop(folder / "run" / "errors.jsonl")

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from qlora_train.errors import OutOfMemory
 from qlora_train.recipe.methods import METHODS
 from qlora_train.recipe.schema import Recipe
 from qlora_train.train.keys import NEUTRAL_KEYS, NEUTRAL_SECTIONS, ROUNDING_KEYS, is_neutral
@@ -152,6 +153,27 @@ def test_a_fork_is_recorded_and_trained(straight: Path, tmp_path: Path) -> None:
     assert losses(run)[:2] == losses(straight / "run")[:2], "the first steps are the same, each logged once"
     again = resume(folder, "train.learning_rate=0.02")
     assert again.code == 0 and "already complete" in again.err, "from then on it is this run's own value"
+
+
+@pytest.mark.slow
+def test_on_other_held_out_rows_the_best_is_judged_anew(
+    straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when the run that said so was stopped before its first checkpoint."""
+    folder = Path(shutil.copytree(straight, tmp_path / "run", ignore=shutil.ignore_patterns("run")))
+    assert run_cli("train", folder / "recipe.yaml", "eval.every=2", "train.max_steps=4").code == 0
+    write_rows(folder / "test.jsonl", chat_rows(6, start=300))
+
+    def too_large(*_: object, **__: object) -> None:
+        raise OutOfMemory("too large", fix="take less")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("qlora_train.train.loop.train_step", too_large)
+        stopped = resume(folder, "eval.every=2", "train.max_steps=4", "--from", "2")
+    for outcome, code in ((stopped, 9), (resume(folder, "eval.every=2", "train.max_steps=4"), 0)):
+        assert outcome.code == code and "the held-out rows have changed" in outcome.err, outcome.err
+    states = [json.loads((folder / "run" / "ckpt" / f"step-00000{n}" / "state.json").read_text()) for n in (2, 4)]
+    assert states[0]["best_step"] == 2 and states[0]["best_rows"] != states[1]["best_rows"]
 
 
 @pytest.mark.slow

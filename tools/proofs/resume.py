@@ -144,7 +144,8 @@ def _cost(folder: Path) -> tuple[float, list[Bar]]:
 
     def save(step: int) -> None:
         state = TrainState(step=step + 1)
-        save_checkpoint(run_dir, state, job.model, job.optimizer, job.binding, job.hooks, job.environment)
+        last_steps = job.last_steps.as_dict()
+        save_checkpoint(run_dir, state, job.model, job.optimizer, job.binding, job.hooks, job.environment, last_steps)
         retire_old(run_dir, train.keep, None)
 
     def note(step: int) -> None:
@@ -152,7 +153,7 @@ def _cost(folder: Path) -> tuple[float, list[Bar]]:
 
     recorder = FlightRecorder(job, "")
     some_norms = norms(list(trainable_parameters(job.model).values()))
-    step_s, save_s, note_s = _seconds(STEPS, advance), _seconds(SAVES, save), _seconds(NOTES, note)
+    step_s, note_s, save_s = _seconds(STEPS, advance), _seconds(NOTES, note), _seconds(SAVES, save)
     share = save_s / (train.save_every * step_s)
     return step_s, [
         Bar("quickstart (135M): bytes of a checkpoint", checkpoint_bytes(job.model, job.optimizer) / 2**20, "MiB"),

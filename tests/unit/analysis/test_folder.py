@@ -61,6 +61,31 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.M
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
+def test_every_file_is_on_disk_before_the_name_that_publishes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an adapter that belongs to no base too, which has no manifest."""
+    source, target = open_adapter(peft_folder(tmp_path / "a")), tmp_path / "out"
+    done: list[str] = []
+    fsync, rename = os.fsync, os.rename
+
+    def noting_fsync(descriptor: int) -> None:
+        done.append(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
+        fsync(descriptor)
+
+    def noting_rename(old: Path, new: Path) -> None:
+        done.append(f"to {new}")
+        rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", noting_fsync)
+    monkeypatch.setattr(os, "rename", noting_rename)
+    publish_adapter(target, [source], DELTAS, {})
+    published = done.index(f"to {target}")
+    before = {Path(path).name.partition("-")[0] for path in done[:published]}
+    assert before == {"adapter_model.safetensors", "adapter_config.json", "adapter", ".tmp"}
+    assert done[published + 1 :] == [str(tmp_path)]
+
+
 def test_a_damaged_adapter_is_refused(tmp_path: Path) -> None:
     write_adapter(tmp_path / "run" / "adapter")
     path = tmp_path / "run" / "adapter" / "adapter_model.safetensors"

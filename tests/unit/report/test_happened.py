@@ -19,6 +19,7 @@ from qlora_train.report.page import render_page
 from qlora_train.report.story import sentence
 from tests.runfolders import (
     NUM_STEPS,
+    clock,
     end_line,
     resume_line,
     spike,
@@ -189,6 +190,35 @@ def test_an_event_belongs_to_the_last_part_that_passed_its_step(own: RunDir) -> 
     write_lines(own.metrics, spike(3), spike(8))
     write_lines(own.resumes, resume_line(20, 10), resume_line(5, 20))
     assert [row.steps for row in happenings(facts_of(own))] == ["3", "20", "5", "8"]
+
+
+def test_a_replay_is_told_where_it_was_made_and_marks_no_curve(own: RunDir) -> None:
+    """Between the stop and the resume; with both sides of what the machine has changed, and the distance."""
+    end_at(own, 20)
+    write_lines(own.errors, end_line("signal", 143, 10, 20, "SIGTERM"))
+    write_lines(own.resumes, resume_line(20, 30))
+    steps = [{"step": step, "loss_distance": step * 1e-7} for step in (19, 20)]
+    threads = {"key": "threads", "old": 2, "new": 1}
+    line = {"time": clock(20), "level": "D1", "from_step": 18, "steps": steps, "rounding": [threads]}
+    other = {**line, "time": clock(40), "level": "D0", "steps": steps[:1], "compared_with": 19, "same_adapter": False}
+    write_lines(own.replays, line, other, {**line, "steps": []})
+    run = facts_of(own)
+    rows = happenings(run)
+    assert [(row.what, row.step, row.is_bad) for row in rows] == [
+        ("Stopped by SIGTERM", 20, False),
+        ("Replayed", None, False),
+        ("Resumed", 20, False),
+        ("Replayed otherwise", None, True),
+    ]
+    assert rows[1].details == (
+        "steps 19 to 20 made again from the checkpoint of step 18: the same rows in the same order, with other "
+        "rounding (D1)",
+        "losses up to 2.0e-06 apart",
+        "threads: 2 → 1",
+    )
+    assert "the adapter and that of the checkpoint of step 19: not equal" in rows[3].details
+    assert any(note.startswith("replays.jsonl: 1 line is damaged") for note in run.notes)
+    assert "steps 19 to 20 made again" in text_of(render_page([run]))
 
 
 def test_a_record_that_no_error_tells_of_is_told(own: RunDir) -> None:

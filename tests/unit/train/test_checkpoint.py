@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
@@ -36,6 +37,7 @@ from qlora_train.train.checkpoint import (
 from qlora_train.train.optim import build_optimizer, optimizer_tensors, trainable_parameters
 from qlora_train.train.signals import StopRequest
 from qlora_train.train.state import Binding, TrainState
+from qlora_train.units import size_text
 from tests.loading import tiny_base, with_adapter
 
 BINDING = Binding("base", "data", "template", {"train.learning_rate": 0.1})
@@ -167,7 +169,8 @@ def test_a_full_disk_says_how_much_a_checkpoint_takes(
     size = sum(path.stat().st_size for path in saved.iterdir())
     assert 0.9 * size < checkpoint_bytes(model, optimizer) < size
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(MachineError, match=rf"step-000002: No space left .*{size / 2**20:.1f} MiB needed"):
+    needed = re.escape(f"({size_text(checkpoint_bytes(model, optimizer))} needed, ")
+    with pytest.raises(MachineError, match=rf"step-000002: No space left .*{needed}"):
         save(run_dir, 2, model, optimizer)
     assert list(run_dir.checkpoint_steps()) == [1]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from qlora_train.data.loader import collate
 from qlora_train.model.causal import CausalModel
 from qlora_train.model.checkpointing import Checkpointing, apply_checkpointing
 from qlora_train.train.flight import Culprit, FlightRecorder, find_culprit, trained_values_are_finite
+from qlora_train.train.last_steps import LastSteps
 from qlora_train.train.optim import trainable_parameters
 from qlora_train.train.step import StepResult, gradient_norms, norms
 from tests.loading import tiny_base, with_adapter
@@ -29,13 +31,15 @@ def job(tiny_llama_dir: Path) -> Any:
     model = with_adapter(tiny_base(tiny_llama_dir))
     model.train()
     parameters = list(trainable_parameters(model).values())
+    optimizer: Any = SimpleNamespace(param_groups=[{"params": parameters}])
     return SimpleNamespace(
         model=model,
         causal=CausalModel(model),
         accelerator=Accelerator(cpu=True),
         recipe=SimpleNamespace(run=SimpleNamespace(seed=0)),
         hooks=NO_HOOKS,
-        optimizer=SimpleNamespace(param_groups=[{"params": parameters}]),
+        optimizer=optimizer,
+        last_steps=LastSteps(model, optimizer),
     )
 
 
@@ -110,10 +114,28 @@ def test_the_last_steps_are_kept_by_name(job: Any) -> None:
     for step in range(25):
         result = StepResult(2.0 + step, 1.0, 1, 1, 1, grad_norms=torch.full((len(parameters),), float(step)))
         recorder.note(step, result, 0.5)
-    kept = recorder._last_steps()
+    kept = job.last_steps.as_dict()
     assert kept["step"] == list(range(6, 26)) and kept["loss"][-1] == 26.0
     name = "model.layers.0.self_attn.q_proj.lora_A"
     assert kept["grad_norm_of"][name] == [float(step) for step in range(5, 25)]
     weight = job.model.get_parameter("base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight")
     assert kept["norm_of"][name][0] == pytest.approx(float(weight.detach().norm()))
     assert len(kept["norm_of"]) == len(parameters) == 28
+
+
+def test_what_a_checkpoint_keeps_of_the_last_steps_is_gone_on_from(job: Any) -> None:
+    """Through JSON and to the bit; of a model with other tensors nothing is taken over."""
+    there = LastSteps(job.model, job.optimizer)
+    for step in range(1, 24):
+        grad_norms = torch.rand(len(there.names)) / 3
+        there.note(step, StepResult(1 / step, step / 7, 1, 1, 1, grad_norms=grad_norms), 0.1 / step)
+    kept = json.loads(json.dumps(there.as_dict()))
+    here = LastSteps(job.model, job.optimizer)
+    here.restore(kept)
+    assert here.as_dict() == there.as_dict() and len(kept["step"]) == 20
+    here.note(24, StepResult(1.0, 1.0, 1, 1, 1, grad_norms=grad_norms), 0.1)
+    assert here.as_dict()["step"] == list(range(5, 25))
+    other = LastSteps(job.model, job.optimizer)
+    other.restore(kept | {"norm_of": {**kept["norm_of"], "another": [1.0] * 20}})
+    other.restore({})
+    assert other.as_dict()["step"] == []

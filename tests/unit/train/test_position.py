@@ -72,7 +72,7 @@ def test_the_loop_saves_the_order_of_the_next_step_s_epoch(monkeypatch: pytest.M
         train=TrainSection(epochs=1e9, max_steps=4, save_every=1),
         run=RunSection(dir=tmp_path),
     )
-    names = ("train", "step", "write", "sync", "saved_in", "check")
+    names = ("train", "step", "write", "sync", "saved_in", "check", "as_dict")
     anything: Any = SimpleNamespace(
         **{name: lambda *_, **__: None for name in names}, device=CPU, peak_bytes=0, folder=tmp_path
     )
