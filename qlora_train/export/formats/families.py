@@ -23,6 +23,7 @@ Value = int | float | bool | str | list[float] | list[int]
 _SUFFIXES = (".weight", ".bias")
 _GEMMA_2_LARGE, _GEMMA_3_LARGE = 46, 62  # layers of the 27B models, whose scores llama.cpp scales otherwise
 _GEMMA_3_PATTERN = 6  # every sixth layer sees everything
+_PARTLY_ROTATED = ("phi", "phi3")
 _SILU = ("silu", "swish")
 _GELU = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")  # three ways to write the approximation by tanh
 
@@ -114,6 +115,7 @@ def hyperparameters(config: Any) -> tuple[dict[str, Value], list[str]]:
     family = family_of(config)
     head_dim = _head_dim(config)
     context, notices = _context_length(config)
+    notices += _long_notices(config)
     keys: dict[str, Value] = {
         Keys.LLM.CONTEXT_LENGTH: context,
         Keys.LLM.EMBEDDING_LENGTH: config.hidden_size,
@@ -163,6 +165,26 @@ def _context_length(config: Any) -> tuple[int, list[str]]:
     ]
 
 
+def short_context(config: Any) -> int | None:
+    """Up to which context llama.cpp computes short texts as transformers does; None: any.
+
+    Long rotary positions have two sets of factors. transformers takes those for long texts once a text is longer than
+    this, llama.cpp (llama_model::get_rope_factors) once its whole context is, however short the text.
+    """
+    rope = _rope(config)
+    return int(rope["original_max_position_embeddings"]) if rope["rope_type"] == "longrope" else None
+
+
+def _long_notices(config: Any) -> list[str]:
+    short = short_context(config)
+    if short is None:
+        return []
+    return [
+        f"texts of up to {short:,} tokens have rotary factors of their own, and llama.cpp takes those for longer ones "
+        f"whenever its context is longer: serve with -c {short} unless the texts are longer, as the Modelfile does"
+    ]
+
+
 def _window(config: Any) -> int | None:
     """The sliding window, where one is in use."""
     in_use = getattr(config, "use_sliding_window", True)
@@ -181,16 +203,23 @@ def _rope_keys(config: Any) -> Mapping[str, Value]:
     kind = rope["rope_type"]
     if kind in ("linear", "yarn"):
         keys[Keys.Rope.SCALING_TYPE] = kind
-        keys[Keys.Rope.SCALING_FACTOR] = float(rope["factor"])
+        keys[Keys.Rope.SCALING_FACTOR] = _stretch(config, rope)
     if kind == "yarn":
         keys[Keys.Rope.SCALING_ORIG_CTX_LEN] = int(rope["original_max_position_embeddings"])
     if kind == "longrope":
         original = int(rope["original_max_position_embeddings"])
-        stretch = config.max_position_embeddings / original
+        stretch = _stretch(config, rope)
         scale = math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 else 1.0
         keys[Keys.Rope.SCALING_ORIG_CTX_LEN] = original
         keys[Keys.Rope.SCALING_ATTN_FACTOR] = float(rope.get("attention_factor") or scale)
     return keys
+
+
+def _stretch(config: Any, rope: Mapping[str, Any]) -> float:
+    """By what positions are scaled. A config that leaves it open means the ratio of its two lengths."""
+    if (factor := rope.get("factor")) is not None:
+        return float(factor)
+    return float(config.max_position_embeddings / rope["original_max_position_embeddings"])
 
 
 def _rope(config: Any) -> dict[str, Any]:
@@ -231,12 +260,18 @@ def _head_dim(config: Any) -> int:
 
 
 def _rotary_dim(config: Any) -> int:
+    if config.model_type not in _PARTLY_ROTATED:  # transformers' code of the others does not look at the key
+        return _head_dim(config)
     frac = (config.rope_parameters or {}).get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None)
     return int(_head_dim(config) * (1.0 if frac is None else frac))
 
 
 def _no_reasons(_: Any) -> list[str]:
     return []
+
+
+def _bias_reasons(config: Any) -> list[str]:
+    return ["biases in the attention (attention_bias)"] if getattr(config, "attention_bias", False) else []
 
 
 def _llama_reasons(config: Any) -> list[str]:
@@ -247,11 +282,15 @@ def _qwen_reasons(config: Any) -> list[str]:
     return ["a sliding window (use_sliding_window)"] if _window(config) else []
 
 
+def _qwen3_reasons(config: Any) -> list[str]:
+    return _qwen_reasons(config) + _bias_reasons(config)
+
+
 def _gemma_reasons(config: Any, pattern: int, large: int) -> list[str]:
     """Windows, scale of the scores and their caps, which llama.cpp fixes."""
     layers = config.num_hidden_layers
     expected = ["full_attention" if (i + 1) % pattern == 0 else "sliding_attention" for i in range(layers)]
-    reasons = []
+    reasons = _bias_reasons(config)
     if list(config.layer_types) != expected:
         reasons.append(f"windows in other layers than all but each {pattern}th (layer_types)")
     scale = config.hidden_size // config.num_attention_heads if layers == large else _head_dim(config)
@@ -272,6 +311,9 @@ def _gemma2_reasons(config: Any) -> list[str]:
 
 def _gemma3_reasons(config: Any) -> list[str]:
     reasons = _gemma_reasons(config, _GEMMA_3_PATTERN, _GEMMA_3_LARGE)
+    near = config.rope_parameters["sliding_attention"].get("rope_type", "default")
+    if near != "default":
+        reasons.append(f"rotary positions of type {near} within the windows")
     return reasons + [
         f"{name} is {value}"
         for name in ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention")
@@ -280,7 +322,8 @@ def _gemma3_reasons(config: Any) -> list[str]:
 
 
 def _phi_reasons(config: Any) -> list[str]:
-    return ["normalised queries and keys (qk_layernorm)"] if getattr(config, "qk_layernorm", False) else []
+    reasons = ["normalised queries and keys (qk_layernorm)"] if getattr(config, "qk_layernorm", False) else []
+    return reasons + (["a head tied to the embedding"] if config.tie_word_embeddings else [])
 
 
 def _phi3_reasons(config: Any) -> list[str]:
@@ -291,7 +334,7 @@ def _phi3_reasons(config: Any) -> list[str]:
 _CHECKS: dict[str, Callable[[Any], list[str]]] = {
     "llama": _llama_reasons,
     "qwen2": _qwen_reasons,
-    "qwen3": _qwen_reasons,
+    "qwen3": _qwen3_reasons,
     "gemma2": _gemma2_reasons,
     "gemma3_text": _gemma3_reasons,
     "phi": _phi_reasons,

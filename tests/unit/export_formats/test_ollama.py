@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 import subprocess
 from pathlib import Path
@@ -158,6 +159,26 @@ def test_without_go_it_says_unverified(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "unverified" in check_template("", golden_prompts([], tokenizer), "").words
 
 
+def test_nothing_to_render_verifies_nothing() -> None:
+    assert ollama.Checked(0, 0, (), program=True).words.startswith("unverified: no golden prompt")
+
+
+def test_long_models_ask_ollama_for_the_context_of_short_texts() -> None:
+    assert [writers._num_ctx(CONFIGS[name]) for name in ("phi3-long", "llama")] == [256, 512]
+    roomy = copy.deepcopy(CONFIGS["llama"])
+    roomy.max_position_embeddings = 4096
+    assert writers._num_ctx(roomy) is None
+
+
+def test_an_end_without_a_token_is_no_stop(tmp_path: Path) -> None:
+    tokenizer = tokenizer_with(None)
+    job, vocabulary = job_with(tokenizer, tmp_path), read_vocabulary(tokenizer, 512, [])
+    job.end_token_ids = [tokenizer.eos_token_id, 100_000]
+    writers._write_modelfile(job, tmp_path, "m.gguf", vocabulary)
+    stops = [line for line in (tmp_path / "Modelfile").read_text().splitlines() if line.startswith("PARAMETER stop")]
+    assert stops == ['PARAMETER stop "<|im_end|>"']
+
+
 @pytest.mark.parametrize(
     ("template", "words"),
     [
@@ -186,5 +207,5 @@ def test_parameters() -> None:
         "PARAMETER repeat_penalty 1.1",
         "PARAMETER num_ctx 2048",
     ]
-    plain = modelfile("m.gguf", None, [], {"temperature": 0.7}, 8192, "none")
-    assert plain.splitlines() == ["# Template none.", "FROM ./m.gguf"], "greedy models and long contexts need no more"
+    plain = modelfile("m.gguf", None, [], {"temperature": 0.7}, None, "none")
+    assert plain.splitlines() == ["# Template none.", "FROM ./m.gguf"], "greedy models and usual contexts need no more"
