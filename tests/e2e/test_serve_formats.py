@@ -220,6 +220,7 @@ def test_what_to_merge_onto_is_measured_once_for_all_formats(run: Path, tmp_path
     assert choice["sentence"] in card and "(which these files were made from)" in card
 
 
+@pytest.mark.slow
 def test_formats_are_merged_onto_what_was_chosen(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The original weights, here by force: another model than the trained one, and the adapter's base stays its own."""
     monkeypatch.setattr(Choice, "onto", "original")

@@ -115,7 +115,6 @@ def hyperparameters(config: Any) -> tuple[dict[str, Value], list[str]]:
     family = family_of(config)
     head_dim = _head_dim(config)
     context, notices = _context_length(config)
-    notices += _long_notices(config)
     keys: dict[str, Value] = {
         Keys.LLM.CONTEXT_LENGTH: context,
         Keys.LLM.EMBEDDING_LENGTH: config.hidden_size,
@@ -155,34 +154,31 @@ def extra_tensors(config: Any) -> dict[str, Tensor]:
 
 
 def _context_length(config: Any) -> tuple[int, list[str]]:
-    """Positions; no more than the window where llama.cpp attends to everything and the model to a window."""
-    positions, window = int(config.max_position_embeddings), _window(config)
-    if config.model_type not in ("mistral", "phi3") or not window or window >= positions:
-        return positions, []
-    return window, [
-        f"the model attends to the last {window:,} tokens, llama.cpp's {family_of(config).name} models to all: the "
-        f"file says that its context is {window:,} tokens, up to which both are the same"
-    ]
+    """Positions; no more than llama.cpp computes as transformers does, and why."""
+    positions, window, short = int(config.max_position_embeddings), _window(config), _short_length(config)
+    context, notices = positions, []
+    says = "the file says that its context is {0:,} tokens, up to which both are the same"
+    if config.model_type in ("mistral", "phi3") and window and window < context:
+        context = window
+        attends = f"llama.cpp's {family_of(config).name} models to all"
+        notices.append(f"the model attends to the last {window:,} tokens, {attends}: {says.format(window)}")
+    if short is not None and short < context:
+        context = short
+        notices.append(
+            f"texts of more than {short:,} tokens have rotary factors of their own, which llama.cpp takes for all "
+            f"texts once its context is longer: {says.format(short)}; for longer texts alone give llama-server a "
+            "larger -c"
+        )
+    return context, notices
 
 
-def short_context(config: Any) -> int | None:
-    """Up to which context llama.cpp computes short texts as transformers does; None: any.
+def _short_length(config: Any) -> int | None:
+    """Length of text up to which long rotary positions have factors of their own; None for other positions.
 
-    Long rotary positions have two sets of factors. transformers takes those for long texts once a text is longer than
-    this, llama.cpp (llama_model::get_rope_factors) once its whole context is, however short the text.
+    transformers chooses by the length of the text, llama.cpp (llama_model::get_rope_factors) by that of its context.
     """
     rope = _rope(config)
     return int(rope["original_max_position_embeddings"]) if rope["rope_type"] == "longrope" else None
-
-
-def _long_notices(config: Any) -> list[str]:
-    short = short_context(config)
-    if short is None:
-        return []
-    return [
-        f"texts of up to {short:,} tokens have rotary factors of their own, and llama.cpp takes those for longer ones "
-        f"whenever its context is longer: serve with -c {short} unless the texts are longer, as the Modelfile does"
-    ]
 
 
 def _window(config: Any) -> int | None:

@@ -30,7 +30,7 @@ MODELFILE = "Modelfile"
 _PROGRAM = Path(__file__).with_name("render.go")
 _GO_S = 120
 _BEFORE_QUESTION = "\n\n"  # after what the system says, where a template has no place for it
-DEFAULT_CONTEXT = 4096  # the least that Ollama gives a model that asks for nothing
+_DEFAULT_CONTEXT = 4096  # the least that Ollama gives a model that asks for nothing
 _MARKS = {"system": "qSYSTEMq", "user": "qUSER{}q", "assistant": "qANSWER{}q"}
 _SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty")
 
@@ -195,9 +195,9 @@ def render_with_go(template: str, conversations: Sequence[Sequence[dict[str, str
 
 
 def modelfile(
-    model: str, template: str | None, stops: Sequence[str], generation: dict[str, Any], context: int | None, remark: str
+    model: str, template: str | None, stops: Sequence[str], generation: dict[str, Any], context: int, remark: str
 ) -> str:
-    """Content of a Modelfile for a GGUF file beside it. `context` None: what Ollama gives by itself."""
+    """Content of a Modelfile for a GGUF file beside it."""
     lines = [f"# Template {remark}.", f"FROM ./{model}"]
     if template is not None:
         lines.append(f'TEMPLATE """{template}"""')
@@ -205,6 +205,6 @@ def modelfile(
     for name in _SAMPLING if generation.get("do_sample") else ():
         if (value := generation.get(name)) is not None:
             lines.append(f"PARAMETER {'repeat_penalty' if name == 'repetition_penalty' else name} {value}")
-    if context is not None:
+    if context < _DEFAULT_CONTEXT:
         lines.append(f"PARAMETER num_ctx {context}")
     return "\n".join(lines) + "\n"

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gguf import Keys
 from torch import Tensor
 
 from qlora_train.adapters.fold import read_deltas
@@ -23,13 +22,12 @@ from qlora_train.export.base import BaseReader
 from qlora_train.export.card import base_name
 from qlora_train.export.configs import generation_settings, write_configs
 from qlora_train.export.formats import four_bit
-from qlora_train.export.formats.families import family_of, hyperparameters, short_context
+from qlora_train.export.formats.families import family_of, hyperparameters
 from qlora_train.export.formats.gguf_file import FILE_TYPES, GgufModel, GgufModelWriter
 from qlora_train.export.formats.gguf_lora import read_gguf_lora, write_gguf_lora
 from qlora_train.export.formats.gptq import gptq, round_in_layers
 from qlora_train.export.formats.lora import served_rank, vllm_problems, write_lora
 from qlora_train.export.formats.ollama import (
-    DEFAULT_CONTEXT,
     MODELFILE,
     check_template,
     modelfile,
@@ -122,7 +120,7 @@ def write_gguf(job: Job, folder: Path, file_type: str) -> Written:
     path, vocabulary = folder / f"model-{file_type}.gguf", job.vocabulary()
     model, notices = _write_gguf_file(job, path, file_type, vocabulary)
     notices = (*notices, *_write_modelfile(job, folder, path.name, vocabulary))
-    return Written(GgufWeights(model), _gguf_commands(job, path.name), notices)
+    return Written(GgufWeights(model), _gguf_commands(path.name), notices)
 
 
 def _write_gguf_file(job: Job, path: Path, file_type: str, vocabulary: Vocabulary) -> tuple[GgufModel, tuple[str, ...]]:
@@ -157,7 +155,7 @@ def write_k_quant(job: Job, folder: Path, name: str) -> Written:
         )
     source.unlink()
     notices = (*notices, *_write_modelfile(job, folder, path.name, vocabulary))
-    return Written(GgufWeights(GgufModel(path, job.config)), _gguf_commands(job, path.name), notices)
+    return Written(GgufWeights(GgufModel(path, job.config)), _gguf_commands(path.name), notices)
 
 
 def write_adapter_gguf(job: Job, folder: Path) -> Written:
@@ -169,7 +167,7 @@ def write_adapter_gguf(job: Job, folder: Path) -> Written:
     read = read_gguf_lora(path, job.config, list(job.run.base_print.tensors))
     if missing := sorted(read_deltas(adapter).keys() - read.keys()):
         raise ModelError(f"{path.name} lacks the update of {missing[0]}", fix="export again")
-    commands = (f"llama-server -m BASE.gguf --lora THIS_FOLDER/{path.name} --jinja{_context_option(job)}",)
+    commands = (f"llama-server -m BASE.gguf --lora THIS_FOLDER/{path.name} --jinja",)
     notices = (_ON_ITS_BASE.format("base in another GGUF"),) if job.run.base_print.quant else ()
     return Written(AdapterWeights(TrainedWeights(base), read), commands, notices)
 
@@ -292,13 +290,8 @@ def _refuse_unused(tensors: MergedTensors) -> None:
         raise ModelError(f"{len(unused)} updates were not merged, first {unused[0]}", fix="report this")
 
 
-def _context_option(job: Job) -> str:
-    short = short_context(job.config)
-    return "" if short is None else f" -c {short}"
-
-
-def _gguf_commands(job: Job, name: str) -> tuple[str, ...]:
-    served = f"llama-server -m THIS_FOLDER/{name} --jinja{_context_option(job)}"
+def _gguf_commands(name: str) -> tuple[str, ...]:
+    served = f"llama-server -m THIS_FOLDER/{name} --jinja"
     return served, "ollama create NAME -f THIS_FOLDER/Modelfile && ollama run NAME"
 
 
@@ -318,19 +311,10 @@ def _write_modelfile(job: Job, folder: Path, model: str, vocabulary: Vocabulary)
     ends = generation["eos_token_id"]
     names = [job.tokenizer.convert_ids_to_tokens(number) for number in (ends if isinstance(ends, list) else [ends])]
     stops = [name for name in names if name is not None]  # a config may name an end that the tokenizer has no token for
-    content = modelfile(model, template, stops, generation, _num_ctx(job.config), remark)
+    context = int(hyperparameters(job.config)[0][f"{family_of(job.config).name}.context_length"])  # type: ignore[arg-type]
+    content = modelfile(model, template, stops, generation, context, remark)
     (folder / MODELFILE).write_text(content, encoding="utf-8")
     return (f"Modelfile: template {remark}",)
-
-
-def _num_ctx(config: Any) -> int | None:
-    """The context that Ollama is told of; None: its own serves."""
-    if (short := short_context(config)) is not None:
-        return short
-    keys, _ = hyperparameters(config)
-    context = keys[Keys.LLM.CONTEXT_LENGTH.format(arch=family_of(config).name)]
-    assert isinstance(context, int)
-    return context if context < DEFAULT_CONTEXT else None
 
 
 def check_gguf_model(job: Job) -> None:

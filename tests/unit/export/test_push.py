@@ -130,12 +130,12 @@ def test_a_format_is_uploaded_with_its_card(hub: type[Hub], made: Path, tmp_path
 
 def test_several_formats_have_a_repository_each(hub: type[Hub], made: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(made / "run", tmp_path / "run"))
-    asked = ("--format", "lora", "--format", "gguf-lora", "--format", "safetensors", "--push", "me/m")
+    asked = ("--format", "lora", "--format", "gguf-lora", "--push", "me/m")
     hub.refuses = "me/m-lora"
     outcome = run_cli("export", run, tmp_path / "out", "export.verify_rows=2", *asked)
     assert outcome.code == 6 and f"hf upload me/m-lora {tmp_path / 'out' / 'lora'}" in outcome.err, outcome.err
-    assert hub.repositories.keys() == {"me/m", "me/m-gguf-lora"}, "the others are uploaded all the same"
-    assert "adapter.gguf" in hub.repositories["me/m-gguf-lora"] and "model.safetensors" in hub.repositories["me/m"]
+    assert hub.repositories.keys() == {"me/m-gguf-lora"}, "the other is uploaded all the same"
+    assert "adapter.gguf" in hub.repositories["me/m-gguf-lora"]
     card = (tmp_path / "out" / "lora" / "README.md").read_text()
     assert "library_name: peft" in card and f"{tmp_path}" not in card.partition("## Serve it")[0]
 

@@ -13,7 +13,7 @@ from transformers import GPT2Config, MistralConfig, Phi3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from qlora_train.errors import ModelError
-from qlora_train.export.formats.families import Layout, extra_tensors, hyperparameters, short_context
+from qlora_train.export.formats.families import Layout, extra_tensors, hyperparameters
 from qlora_train.export.formats.gguf_file import GgufModel, GgufModelWriter
 from qlora_train.export.formats.readers import GgufWeights
 from qlora_train.export.formats.vocabulary import read_vocabulary
@@ -154,10 +154,13 @@ def test_yarn_without_a_factor_means_the_ratio_of_the_lengths() -> None:
     assert keys_of(config("qwen2-yarn", rope_parameters=rope))["rope.scaling.factor"] == 4
 
 
-def test_short_texts_of_long_models_are_served_with_a_short_context() -> None:
-    assert short_context(config("phi3-long")) == 256 and short_context(config("llama-3")) is None
-    _, notices = hyperparameters(config("phi3-long"))
-    assert "serve with -c 256" in notices[0] and not hyperparameters(config("phi3"))[1]
+def test_the_context_ends_where_llama_cpp_would_compute_short_texts_otherwise() -> None:
+    keys, notices = keys_of(config("phi3-long")), hyperparameters(config("phi3-long"))[1]
+    assert keys["context_length"] == keys["rope.scaling.original_context_length"] == 256 and "-c" in notices[0]
+    assert keys_of(config("phi3"))["context_length"] == 512 and not hyperparameters(config("phi3"))[1]
+    both = hyperparameters(config("phi3-long", sliding_window=128))
+    assert [value for key, value in both[0].items() if key.endswith("phi3.context_length")] == [128]
+    assert len(both[1]) == 1, "within the window all texts are short"
 
 
 def test_only_phi_rotates_a_part_of_a_head() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import shutil
 import subprocess
 from pathlib import Path
@@ -163,13 +162,6 @@ def test_nothing_to_render_verifies_nothing() -> None:
     assert ollama.Checked(0, 0, (), program=True).words.startswith("unverified: no golden prompt")
 
 
-def test_long_models_ask_ollama_for_the_context_of_short_texts() -> None:
-    assert [writers._num_ctx(CONFIGS[name]) for name in ("phi3-long", "llama")] == [256, 512]
-    roomy = copy.deepcopy(CONFIGS["llama"])
-    roomy.max_position_embeddings = 4096
-    assert writers._num_ctx(roomy) is None
-
-
 def test_an_end_without_a_token_is_no_stop(tmp_path: Path) -> None:
     tokenizer = tokenizer_with(None)
     job, vocabulary = job_with(tokenizer, tmp_path), read_vocabulary(tokenizer, 512, [])
@@ -207,5 +199,5 @@ def test_parameters() -> None:
         "PARAMETER repeat_penalty 1.1",
         "PARAMETER num_ctx 2048",
     ]
-    plain = modelfile("m.gguf", None, [], {"temperature": 0.7}, None, "none")
-    assert plain.splitlines() == ["# Template none.", "FROM ./m.gguf"], "greedy models and usual contexts need no more"
+    plain = modelfile("m.gguf", None, [], {"temperature": 0.7}, 8192, "none")
+    assert plain.splitlines() == ["# Template none.", "FROM ./m.gguf"], "greedy models and long contexts need no more"
