@@ -30,8 +30,9 @@ RECIPE = ROOT / "recipes" / "spelling.yaml"
 MAX_GIB = 3.0
 # Of the short form: rows that are trained on, and held-out rows that training looks at.
 SHORT_ROWS, SHORT_EVAL_ROWS = 320, 64
-ANSWERS, SHORT_ANSWERS = 200, 32  # answers compared, and rows
-LAYER_ROWS, FAULT_ROWS = 2, 4  # rows that a large merge is verified on, and those that faults are planted in
+# Rows and answers on which the ways to merge are compared.
+COMPARED, SHORT_COMPARED, ANSWERS, SHORT_ANSWERS = 200, 64, 200, 32
+LAYER_ROWS, FAULT_ROWS = 2, 8  # rows that a large merge is verified on, and those that faults are planted in
 LAYER = "model.layers.7"
 EARLIER = "an earlier run that verifies"
 
@@ -92,8 +93,8 @@ def memory_bars(size: str) -> list[Bar]:
 
 def base_bars(run: Path, full: bool, note: str) -> list[Bar]:
     """The three ways to merge, on held-out rows and answers."""
-    answers = ANSWERS if full else SHORT_ANSWERS
-    asked = ("export.base=auto", f"eval.generate_rows={answers}", f"export.compare_rows={answers}")
+    rows, answers = (COMPARED, ANSWERS) if full else (SHORT_COMPARED, SHORT_ANSWERS)
+    asked = ("export.base=auto", f"eval.generate_rows={answers}", f"export.compare_rows={rows}")
     target = fresh(FOLDER / "auto")
     result = verb("export", run, target, *asked)[0] if full else verb_here("export", run, target, *asked)
     choice = result["choice"]

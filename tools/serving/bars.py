@@ -23,7 +23,6 @@ MAX_KL = {
 LEAST_TOP1 = {"gguf-f16": 0.99, "lora": 0.99, "gguf-lora": 0.99, "nf4-lora": 0.99}
 # Of the short form; the long one takes all, on the recipe's rows.
 SHORT = ("gguf-f16", "gguf-q8_0", "lora")
-SHORT_VERIFY_ROWS = 4
 _ANY_KL = "export.max_kl=100"  # what 4 bit cost is measured here, not judged
 
 
@@ -35,7 +34,7 @@ def formats_bars(run: Path, full: bool) -> list[Bar]:
     if full:
         result, seconds = verb("export", run, folder, _ANY_KL, *asked)
     else:
-        result = verb_here("export", run, folder, _ANY_KL, f"export.verify_rows={SHORT_VERIFY_ROWS}", *asked)
+        result = verb_here("export", run, folder, _ANY_KL, *asked)
     bars = [bar for found in result["formats"] for bar in _format_bars(found)]
     bars += _client_bars(folder, run)
     return [*bars, Bar(f"export of {len(names)} formats", seconds, "s")] if full else bars
