@@ -189,6 +189,13 @@ def rows_to_verify(run: FinishedRun, tokenizer: Any) -> Split:
 
 
 def _refusal(verdict: Verdict, dtype: str) -> ModelError:
+    worst = verdict.worst_layer
+    if verdict.onto == "original" and not verdict.layers_hold and worst is not None:
+        return ModelError(
+            f"the merged model is not the trained one on the original weights: {worst.name} by itself is off by "
+            f"{worst.ratio:,.0f} times what rounding explains (limit {MAX_DEVIATION:g})",
+            fix="nothing was published; report this",
+        )
     if verdict.onto == "original":
         rise = verdict.loss_rise
         return ModelError(
@@ -202,7 +209,6 @@ def _refusal(verdict: Verdict, dtype: str) -> ModelError:
         f"the merged model is not the trained one: KL {verdict.merged.mean_kl:.3g} nats per token is "
         f"{verdict.kl_frac:.2%} of the adapter's own effect ({verdict.adapter_off.mean_kl:.3g})"
     )
-    worst = verdict.worst_layer
     if worst is None or verdict.layers_hold:
         finer = "report this" if dtype == "float32" else "export with export.export_dtype=float32"
         return ModelError(what, fix=f"{finer}; nothing was published")

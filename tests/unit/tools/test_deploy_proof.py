@@ -1,4 +1,4 @@
-"""The proof of deployment on a tiny run: its short form judges every bar, and quantises each tensor of the base once."""
+"""The proof of deployment on a tiny run: its short form judges every bar, and quantises each base tensor once."""
 
 from __future__ import annotations
 
