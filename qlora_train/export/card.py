@@ -40,7 +40,7 @@ def figures(facts: Facts) -> dict[str, Any]:
     run, verdict = facts.run, facts.verdict
     summary = noise(facts.merged.rows)
     return {
-        "base": run.recipe.model.path,
+        "base": base_name(run.recipe.model.path),
         "base_digest": run.base_print.digest,
         "merged_onto": verdict.onto,
         "quant": run.base_print.quant,
@@ -137,7 +137,7 @@ def _token_words(run: FinishedRun) -> str:
 
 
 def base_name(path: str) -> str:
-    """The base without the folders of the machine that trained."""
+    """The base without the folders of the machine that trained, for whatever may be uploaded."""
     return _plain(path.rstrip("/").rpartition("/")[2] if path.startswith("/") else path)
 
 

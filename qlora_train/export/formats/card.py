@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -36,7 +37,7 @@ def format_figures(facts: FormatFacts) -> dict[str, Any]:
     run, verdict, choice = facts.run, facts.verdict, facts.choice
     return {
         "format": facts.format,
-        "base": run.recipe.model.path,
+        "base": base_name(run.recipe.model.path),
         "base_digest": run.base_print.digest,
         "merged_onto": verdict.onto if facts.merges else None,
         "quant": run.base_print.quant,
@@ -70,13 +71,14 @@ def format_card(facts: FormatFacts) -> str:
     rows = "held-out" if verdict.split == "eval" else "training"
     losses = f"{exported.candidate_nll:.4f} | {off.candidate_nll:.4f}"
     listed = "".join(f"* {plain(notice)}\n" for notice in facts.notices)
-    commands = "\n".join(facts.commands)
+    base = run.recipe.model.path
+    commands = "\n".join(facts.commands).replace(shlex.quote(base), base_name(base))
     return f"""---
 {hub_header(run, facts.licence, _library(facts), "finetune" if facts.merges else "adapter")}
 ---
 # {plain(facts.name)}: {facts.title}
 
-`{base_name(run.recipe.model.path)}`, fine-tuned with {adapter.method} (r = {adapter.r}, alpha = {adapter.alpha:g}).
+`{base_name(base)}`, fine-tuned with {adapter.method} (r = {adapter.r}, alpha = {adapter.alpha:g}).
 {licence_words(facts.licence)}
 
 ## Trained on
