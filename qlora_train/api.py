@@ -45,9 +45,10 @@ from qlora_train.errors import DataError, ModelError, RecipeError, UserError
 from qlora_train.evaluate.chat import ChatSession
 from qlora_train.evaluate.sides import SideScores, score_side
 from qlora_train.export.base import BaseReader, as_float32
-from qlora_train.export.formats.run import FormatResult, FormatsResult
+from qlora_train.export.formats.run import FormatResult, FormatsResult, Heard
 from qlora_train.export.formats.run import export_formats as publish_formats
 from qlora_train.export.run import ExportResult, run_export
+from qlora_train.export.unread import SAFETENSORS, refuse_unread
 from qlora_train.export.verify import load_merged
 from qlora_train.memory.answer import PlanResult, answer
 from qlora_train.memory.table import PlanTable, plan_table
@@ -79,6 +80,7 @@ __all__ = [
     "ExportResult",
     "FormatResult",
     "FormatsResult",
+    "Heard",
     "LoadedRecipe",
     "MadeAdapter",
     "PlanResult",
@@ -105,6 +107,8 @@ __all__ = [
 ]
 
 PREVIEW_ROWS = 5
+# What may be said anew of a finished run that is exported.
+EXPORT_SETTINGS = ("export", "eval.generate_rows", "eval.max_new_tokens", "eval.batch_size", *MEASURED_ON)
 
 
 @dataclass(frozen=True)
@@ -307,8 +311,8 @@ def export(
     when the base is not the one that was trained on or the merged model is further from the trained one, or worse,
     than the recipe allows. In each case but a failed upload nothing appears under the name `target`.
     """
-    asked = ("eval.generate_rows", "eval.max_new_tokens", "eval.batch_size")
-    finished = open_run(run, overrides, sections=("export", *asked, *MEASURED_ON))
+    finished = open_run(run, overrides, sections=EXPORT_SETTINGS)
+    refuse_unread(overrides, [SAFETENSORS], finished.recipe.export.base)
     return run_export(finished, target, repository=push, say=say)
 
 
@@ -318,15 +322,19 @@ def export_formats(
     formats: Sequence[str],
     overrides: Sequence[str] = (),
     *,
-    on_done: Callable[[FormatResult], None] | None = None,
+    push: str | None = None,
+    heard: Heard | None = None,
 ) -> FormatsResult:
     """Publish a run in the formats that servers load: as `target` where it is one, else as `target`/FORMAT for each.
 
-    Formats: safetensors, gguf-f16 and others (export/formats/writers.py). `on_done` hears of each as it is published.
+    Formats: safetensors, gguf-f16 and others (export/formats/writers.py). `push` names a repository on the hub to
+    upload them to afterwards: of several, each but safetensors goes to a repository of its own, PUSH-FORMAT. `heard`
+    hears of stages, of what `export.base: auto` found, and of each format as it is published.
     Raises as `export` does, and ModelError for a model that a format's servers compute otherwise, before any work.
     """
-    finished = open_run(run, overrides, sections=("export", "eval.batch_size", *MEASURED_ON))
-    return publish_formats(finished, target, formats, on_done=on_done)
+    finished = open_run(run, overrides, sections=EXPORT_SETTINGS)
+    refuse_unread(overrides, formats, finished.recipe.export.base)
+    return publish_formats(finished, target, formats, repository=push, heard=heard)
 
 
 def open_chat(folder: Path, *, adapters: Sequence[Path] = (), system: str | None = None) -> ChatSession:

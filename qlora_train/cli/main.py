@@ -13,7 +13,7 @@ from qlora_train import __version__
 from qlora_train.cli import complete
 from qlora_train.cli.adapter_verbs import adapter_app
 from qlora_train.cli.verbs import AsJson, Overrides, RecipePath, RunPath, show_bug, verb
-from qlora_train.errors import OutOfMemory, RecipeError
+from qlora_train.errors import OutOfMemory
 
 app = typer.Typer(
     name="qlora-train",
@@ -181,18 +181,16 @@ def export(
     """Merge the adapter, compare the result with the trained model, and publish it if it is the same.
 
     export.base=auto measures what to merge onto: the dequantised base, or the original weights. With --format, what
-    servers load: a name that there is not lists them all. Several go into folders of their own below DIR.
+    servers load: a name that there is not lists them all. Several go into folders of their own below DIR, and --push
+    uploads each but safetensors to a repository of its own, ORG/NAME-FORMAT.
     """
     from qlora_train import api
     from qlora_train.cli import show, show_export, show_formats
 
     if formats:
-        if push is not None:
-            raise RecipeError("--push uploads what is exported without --format", fix="leave one of them out")
-        on_done = None if as_json else show_formats.published
-        found = api.export_formats(run, target, formats, overrides or (), on_done=on_done)
-        merged = found.merged
-        show.json_or(as_json, found, lambda: show_export.exported(merged) if merged else None)
+        heard = show_formats.stages() if as_json else show_formats.everything()
+        found = api.export_formats(run, target, formats, overrides or (), push=push, heard=heard)
+        show.json_or(as_json, found, lambda: show_formats.exported(found))
         return
     result = api.export(run, target, overrides or (), push=push, say=show_export.stage)
     show.json_or(as_json, result, lambda: show_export.exported(result))

@@ -24,7 +24,7 @@ def stage(line: str) -> None:
 def exported(result: ExportResult) -> None:
     """Everything that a user decides by, the verdict last."""
     if result.choice is not None:
-        _choice(result.choice)
+        choice(result.choice)
     if result.noise is not None:
         _noise(result.noise)
     _verdict(result.verdict)
@@ -75,12 +75,12 @@ def _verdict(verdict: Verdict) -> None:
         )
 
 
-def _choice(choice: Choice) -> None:
+def choice(measured: Choice) -> None:
     """The ways to merge side by side."""
     table = new_table("merged onto", "mean KL", "same next token", "loss", "exact match")
-    trained = choice.candidates[0].distance.reference_nll
-    table.add_row("(the trained model)", "0", "100.00%", f"{trained:.4f}", _share(choice.trained_exact_match))
-    for candidate in choice.candidates:
+    trained = measured.candidates[0].distance.reference_nll
+    table.add_row("(the trained model)", "0", "100.00%", f"{trained:.4f}", _share(measured.trained_exact_match))
+    for candidate in measured.candidates:
         found = candidate.distance
         table.add_row(
             ONTO_WORDS[candidate.onto],
@@ -90,8 +90,8 @@ def _choice(choice: Choice) -> None:
             _share(candidate.exact_match),
         )
     stdout.print(table)
-    answers = f"; exact match on {choice.num_answers} answers" if choice.num_answers else ""
-    _say(f"{choice.num_rows} {choice.split} rows{answers}. {choice.sentence}\n")
+    answers = f"; exact match on {measured.num_answers} answers" if measured.num_answers else ""
+    _say(f"{measured.num_rows} {measured.split} rows{answers}. {measured.sentence}\n")
 
 
 def _share(value: float | None) -> str:

@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from rich.text import Text
 
-from qlora_train.api import FormatResult
+from qlora_train.api import FormatResult, FormatsResult, Heard
+from qlora_train.cli import show_export
 from qlora_train.cli.results import new_table, stdout
 from qlora_train.printable import printable
+
+
+def stages() -> Heard:
+    """Only what the export is doing, on stderr."""
+    return Heard(stage=show_export.stage)
+
+
+def everything() -> Heard:
+    """What was measured and what was published as well, as soon as it is known."""
+    return Heard(stage=show_export.stage, choice=show_export.choice, published=published)
+
+
+def exported(result: FormatsResult) -> None:
+    """What is left to say at the end: the merged model, and what was uploaded."""
+    if result.merged is not None:
+        show_export.exported(replace(result.merged, choice=None))  # it was shown when it was measured
+    for one in result.formats:
+        if one.pushed_to is not None:
+            _say(f"uploaded {one.format}: {printable(one.pushed_to)}")
 
 
 def published(result: FormatResult) -> None:

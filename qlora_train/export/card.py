@@ -40,7 +40,7 @@ def figures(facts: Facts) -> dict[str, Any]:
     run, verdict = facts.run, facts.verdict
     summary = noise(facts.merged.rows)
     return {
-        "base": run.recipe.model.path,
+        "base": base_name(run.recipe.model.path),
         "base_digest": run.base_print.digest,
         "merged_onto": verdict.onto,
         "quant": run.base_print.quant,
@@ -84,19 +84,19 @@ def model_card(name: str, facts: Facts) -> str:
     summary = noise(facts.merged.rows)
     base_kind = f"on a {base_words} base" if quantised else "on an unquantised base"
     return f"""---
-{_header(facts)}
+{hub_header(run, facts.licence, "transformers", "finetune")}
 ---
 # {_plain(name)}
 
-`{_base_name(recipe.model.path)}`, fine-tuned with {method}
+`{base_name(recipe.model.path)}`, fine-tuned with {method}
 {base_kind}, merged {_onto_words(facts)}.
 Stored in {recipe.export.export_dtype}.{_token_words(run)}
-{_licence_words(facts.licence)}
+{licence_words(facts.licence)}
 
 ## Trained on
-{_rows(facts.audit)}
+{rows_words(facts.audit)}
 
-{_recipe_words(run)}
+{recipe_words(run)}
 
 ## Is it the model that was trained?
 Compared with base + adapter on {verdict.num_rows} {"held-out" if verdict.split == "eval" else "training"} rows
@@ -109,7 +109,7 @@ Compared with base + adapter on {verdict.num_rows} {"held-out" if verdict.split 
 | loss per supervised token (trained: {nll}) | {merged.candidate_nll:.4f} | {off.candidate_nll:.4f} |
 
 {_gate_words(verdict)}
-{_choice_words(facts.choice)}{"" if summary is None else f"Beside the noise: {summary.reading}."}
+{choice_words(facts.choice)}{"" if summary is None else f"Beside the noise: {summary.reading}."}
 
 ## Serve it
 ```
@@ -117,6 +117,7 @@ qlora-train chat THIS_FOLDER
 transformers serve --force-model THIS_FOLDER
 vllm serve THIS_FOLDER
 ```
+`THIS_FOLDER` stands for the folder of these files, or their name on the hub (`qlora-train chat` takes folders only).
 In Python:
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -135,16 +136,17 @@ def _token_words(run: FinishedRun) -> str:
     return f" Tokens with rows that were trained: {names}." if names else ""
 
 
-def _base_name(path: str) -> str:
-    """The base without the folders of the machine that trained."""
+def base_name(path: str) -> str:
+    """The base without the folders of the machine that trained, for whatever may be uploaded."""
     return _plain(path.rstrip("/").rpartition("/")[2] if path.startswith("/") else path)
 
 
-def _header(facts: Facts) -> str:
-    recipe, licence = facts.run.recipe, facts.licence
-    lines = ["library_name: transformers", "pipeline_tag: text-generation", f"tags: [qlora, {recipe.adapter.method}]"]
+def hub_header(run: FinishedRun, licence: Licence, library: str, relation: str) -> str:
+    """What the hub reads of a card, as YAML. It refuses a `base_model` that is no name on the hub."""
+    recipe = run.recipe
+    lines = [f"library_name: {library}", "pipeline_tag: text-generation", f"tags: [qlora, {recipe.adapter.method}]"]
     if not recipe.model.path.startswith(("/", PACKAGE_PREFIX)) and recipe.model.path.count("/") == 1:
-        lines += [f"base_model: {_plain(recipe.model.path)}", "base_model_relation: finetune"]
+        lines += [f"base_model: {_plain(recipe.model.path)}", f"base_model_relation: {relation}"]
     if licence.name is not None:
         lines.append(f"license: {_plain(licence.name)}")
     lines += [f"license_name: {_plain(licence.own_name)}"] if licence.own_name else []
@@ -152,7 +154,8 @@ def _header(facts: Facts) -> str:
     return "\n".join(lines)
 
 
-def _licence_words(licence: Licence) -> str:
+def licence_words(licence: Licence) -> str:
+    """Under which licence the base was given, and what says so."""
     if licence.name is None:
         return "The licence of the base applies; its files do not name it."
     texts = f"; its text is in {', '.join(map(_plain, licence.files))}" if licence.files else ""
@@ -167,7 +170,7 @@ def _onto_words(facts: Facts) -> str:
     return "onto the dequantised base, which is the one that was trained"
 
 
-def _rows(audit: dict[str, Any]) -> str:
+def rows_words(audit: dict[str, Any]) -> str:
     """Counts and fingerprints of the rows."""
     train = next(split for split in audit["splits"] if split["split"] == "train")
     lines = [
@@ -185,7 +188,7 @@ def _rows(audit: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _recipe_words(run: FinishedRun) -> str:
+def recipe_words(run: FinishedRun) -> str:
     """The settings that decide what was learned."""
     recipe = run.recipe
     train, data = recipe.train, recipe.data
@@ -210,10 +213,11 @@ def _gate_words(verdict: Verdict) -> str:
     return f"The KL is {verdict.kl_frac:.3%} of the adapter's effect; {limit}."
 
 
-def _choice_words(choice: Choice | None) -> str:
+def choice_words(choice: Choice | None, taken: str = "this model") -> str:
+    """The ways to merge side by side, the one that was `taken` marked; nothing where none was measured."""
     if choice is None:
         return ""
-    rows = "\n".join(_candidate_row(choice, candidate) for candidate in choice.candidates)
+    rows = "\n".join(_candidate_row(choice, candidate, taken) for candidate in choice.candidates)
     exact = f"the trained model's exact match is {_share(choice.trained_exact_match)}"
     answers = f" and {choice.num_answers} answers, on which {exact}" if choice.num_answers else ""
     return f"""
@@ -229,9 +233,9 @@ On {choice.num_rows} {"held-out" if choice.split == "eval" else "training"} rows
 """
 
 
-def _candidate_row(choice: Choice, candidate: Candidate) -> str:
+def _candidate_row(choice: Choice, candidate: Candidate, taken: str) -> str:
     found = candidate.distance
-    name = ONTO_WORDS[candidate.onto] + (" (this model)" if candidate.onto == choice.onto else "")
+    name = ONTO_WORDS[candidate.onto] + (f" ({taken})" if candidate.onto == choice.onto else "")
     cells = (f"{found.mean_kl:.3g}", f"{found.top1_agreement:.2%}", f"{found.candidate_nll:.4f}")
     return f"| {name} | {' | '.join(cells)} | {_share(candidate.exact_match)} |"
 

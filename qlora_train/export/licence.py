@@ -36,12 +36,14 @@ def find_licence(run: FinishedRun, source: Source) -> Licence:
     files = tuple(path.name for path in _texts(source.folder))
     if run.recipe.export.license is not None:
         return Licence(run.recipe.export.license, "export.license of the recipe", files=files)
+    # A card names no folder of the machine that trained.
+    base = source.name.rstrip("/").rpartition("/")[2] if source.name.startswith("/") else source.name
     fields = _card_fields(source.folder / "README.md")
     if "license" in fields:
         own_name, link = fields.get("license_name"), fields.get("license_link")
-        return Licence(fields["license"], f"README.md of {source.name}", own_name, link, files)
+        return Licence(fields["license"], f"README.md of {base}", own_name, link, files)
     if (named := _gguf_licence(source)) is not None:
-        return Licence(named, f"general.license of {source.name}", files=files)
+        return Licence(named, f"general.license of {base}", files=files)
     return Licence("other" if files else None, files[0] if files else "", files=files)
 
 

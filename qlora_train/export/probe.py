@@ -21,6 +21,7 @@ NUM_TOKENS = 8
 ROWS_AT_A_TIME = 1024
 # float32 sums of thousands of products, in other orders: relative to ||W|| ||x|| / sqrt(in).
 SUM_ERROR = 1e-4
+_EXPONENT_BITS = 0x7F800000  # of a float32
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,7 @@ def _ulp(values: Tensor, dtype: torch.dtype) -> Tensor:
     [0.0078125, 0.0078125, 0.015625, 0.0]
     """
     info = torch.finfo(dtype)
-    exponent = torch.frexp(values).exponent - 1
-    ulp = torch.ldexp(torch.full_like(values, info.eps), exponent).clamp(min=info.smallest_normal * info.eps)
+    # A float32 without sign and mantissa is the power of two below it; 0 for zero and for denormal numbers.
+    power = (values.view(torch.int32) & _EXPONENT_BITS).view(torch.float32)
+    ulp = (power * info.eps).clamp(min=info.smallest_normal * info.eps)
     return torch.where(values == 0, 0.0, ulp)

@@ -27,6 +27,12 @@ def check_push(repository: str) -> None:
         raise MachineError(
             f"--push: the hub does not take the token: {_reason(error)}", fix="run `hf auth login`"
         ) from error
+    access = (known.get("auth") or {}).get("accessToken") or {}
+    if access.get("role") == "read":
+        raise MachineError(
+            "--push: the token may read from the hub, and not write there",
+            fix="make one that may write at https://huggingface.co/settings/tokens, then run `hf auth login`",
+        )
     owner = repository.partition("/")[0]
     names = {known.get("name"), *(org.get("name") for org in known.get("orgs") or ())}
     if owner not in names:
@@ -36,15 +42,17 @@ def check_push(repository: str) -> None:
         )
 
 
-def push(folder: Path, repository: str) -> str:
+def push(folder: Path, repository: str, what: str = "the merged model") -> str:
     """Upload a published export into a repository, made private where there is none; its address.
+
+    `what` it is goes into the message of the commit.
 
     MachineError when the hub refuses; the folder stays as it is, and the message says how to try again.
     """
     try:
         api = HfApi()
         api.create_repo(repository, private=True, exist_ok=True)
-        done = api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload the merged model")
+        done = api.upload_folder(repo_id=repository, folder_path=folder, commit_message=f"Upload {what}")
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
         raise MachineError(
             f"the upload to {repository} failed: {_reason(error)}",

@@ -12,11 +12,14 @@ from qlora_train.export.verify import Verdict
 from qlora_train.model.trained import FinishedRun
 
 
-def record_export(run: FinishedRun, target: Path, verdict: Verdict) -> None:
-    """Append to exports.jsonl. A run folder that cannot be written to does not undo an export: the line is missing."""
+def record_export(run: FinishedRun, target: Path, verdict: Verdict, stored: str | None = None) -> None:
+    """Append to exports.jsonl how the weights are stored (default: export.export_dtype), and the verdict.
+
+    A run folder that cannot be written to does not undo an export: the line is missing.
+    """
     line = {
         "folder": str(target.absolute()),
-        "export_dtype": run.recipe.export.export_dtype,
+        "export_dtype": stored or run.recipe.export.export_dtype,
         "merged_onto": verdict.onto,
         "adapter_sha256": adapter_sha256(run),
         "accepted": verdict.accepted,

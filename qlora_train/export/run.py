@@ -41,6 +41,14 @@ SMALL_FILES_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
+class Measured:
+    """What the trained model made of the rows, and what `export.base: auto` found to merge onto."""
+
+    reference: Reference
+    choice: Choice | None = None
+
+
+@dataclass(frozen=True)
 class ExportResult:
     """A published export."""
 
@@ -65,8 +73,12 @@ def run_export(
     *,
     repository: str | None = None,
     say: Callable[[str], None] = lambda line: None,
+    measured: Measured | None = None,
 ) -> ExportResult:
-    """Merge a run's adapter and publish it as `target`; see `api.export` for what it raises."""
+    """Merge a run's adapter and publish it as `target`; see `api.export` for what it raises.
+
+    `measured` is what `measure_trained` came to where other formats are exported too.
+    """
     if target.exists():
         raise RecipeError(f"{target} exists already", fix="remove it or choose another folder; it was not touched")
     if repository is not None:
@@ -76,7 +88,7 @@ def run_export(
     source = run.source()
     audit = read_json(run.run_dir.data)
     tokenizer = run.tokenizer(source)
-    work = _Export(run, source, tokenizer, rows_to_verify(run, tokenizer), clock)
+    work = _Export(run, source, tokenizer, rows_to_verify(run, tokenizer), clock, measured)
     manifest = {"base_digest": run.base_print.digest}
     with (
         finished_shards(target) as finished,
@@ -117,39 +129,50 @@ class _Export:
     tokenizer: Any
     held_out: Split
     clock: Clock
+    measured: Measured | None
 
     def merge(self, folder: Path, finished: FinishedShards, audit: dict[str, Any]) -> Facts:
         """Write the weights and measure them; where it is to be measured what to merge onto, that comes first."""
-        base, choice, reference = self.run.recipe.export.base, None, None
-        onto: Onto
-        if base == "auto":
-            reference, choice = self._choose()
-            onto = choice.onto
-        else:
-            onto = base
-        with _memory_advice(self.run, "while the merged weights were written"):
+        base, measured = self.run.recipe.export.base, self.measured
+        if base == "auto" and measured is None:
+            measured = self._measure()
+        onto = onto_of(self.run, measured.choice if measured else None)
+        with memory_advice(self.run, "while the merged weights were written"):
             merged = merge_to(folder, self.run, self.source, onto, finished, self.clock)
         comparing = "while the merged model was compared with the trained one"
-        with _memory_advice(self.run, comparing), self.clock.of("verify"):
-            reference = reference or self._observe()
+        with memory_advice(self.run, comparing), self.clock.of("verify"):
+            measured = measured or self._measure()
             self.clock.say("running the merged model on them")
-            verdict = verify(self.run, folder, reference, merged)
+            verdict = verify(self.run, folder, measured.reference, merged)
         licence = find_licence(self.run, self.source)
-        return Facts(self.run, audit, verdict, merged, licence, choice, dict(self.clock.seconds))
+        return Facts(self.run, audit, verdict, merged, licence, measured.choice, dict(self.clock.seconds))
 
-    def _observe(self, *, ask: bool = False) -> Reference:
-        how = how_to_verify(self.run)
-        words = "" if how == "whole" else ", one layer at a time"
-        self.clock.say(f"running the trained model on {self.held_out.table.num_rows} {self.held_out.side} rows{words}")
-        limit = self.run.recipe.eval.generate_rows if ask and how == "whole" else 0
-        questions = questions_of(self.held_out, self.tokenizer, limit) if limit else []
-        return observe_trained(self.run, self.source, self.held_out, self.tokenizer.pad_token_id, how, questions)
+    def _measure(self) -> Measured:
+        return measure_trained(self.run, self.source, self.tokenizer, self.held_out, self.clock)
 
-    def _choose(self) -> tuple[Reference, Choice]:
-        with _memory_advice(self.run, "while the ways to merge were compared"):
-            with self.clock.of("measure trained"):
-                reference = self._observe(ask=True)
-            return reference, measure_bases(self.run, self.source, reference, self.tokenizer, self.clock)
+
+def measure_trained(run: FinishedRun, source: Source, tokenizer: Any, held_out: Split, clock: Clock) -> Measured:
+    """Run the trained model over the rows; for `export.base: auto` compare the ways to merge on them too."""
+    auto, how = run.recipe.export.base == "auto", how_to_verify(run)
+    words = "" if how == "whole" else ", one layer at a time"
+    clock.say(f"running the trained model on {held_out.table.num_rows} {held_out.side} rows{words}")
+    limit = run.recipe.eval.generate_rows if auto and how == "whole" else 0
+    questions = questions_of(held_out, tokenizer, limit) if limit else []
+    if not auto:
+        return Measured(observe_trained(run, source, held_out, tokenizer.pad_token_id, how, questions))
+    with memory_advice(run, "while the ways to merge were compared"):
+        with clock.of("measure trained"):
+            reference = observe_trained(run, source, held_out, tokenizer.pad_token_id, how, questions)
+        return Measured(reference, measure_bases(run, source, reference, tokenizer, clock))
+
+
+def onto_of(run: FinishedRun, choice: Choice | None) -> Onto:
+    """What the adapter is merged onto, as the recipe says, or as was measured."""
+    base = run.recipe.export.base
+    if base == "auto":
+        assert choice is not None, "measured before"
+        return choice.onto
+    return base
 
 
 def _push(target: Path, repository: str, say: Callable[[str], None]) -> str:
@@ -166,6 +189,13 @@ def rows_to_verify(run: FinishedRun, tokenizer: Any) -> Split:
 
 
 def _refusal(verdict: Verdict, dtype: str) -> ModelError:
+    worst = verdict.worst_layer
+    if verdict.onto == "original" and not verdict.layers_hold and worst is not None:
+        return ModelError(
+            f"the merged model is not the trained one on the original weights: {worst.name} by itself is off by "
+            f"{worst.ratio:,.0f} times what rounding explains (limit {MAX_DEVIATION:g})",
+            fix="nothing was published; report this",
+        )
     if verdict.onto == "original":
         rise = verdict.loss_rise
         return ModelError(
@@ -179,7 +209,6 @@ def _refusal(verdict: Verdict, dtype: str) -> ModelError:
         f"the merged model is not the trained one: KL {verdict.merged.mean_kl:.3g} nats per token is "
         f"{verdict.kl_frac:.2%} of the adapter's own effect ({verdict.adapter_off.mean_kl:.3g})"
     )
-    worst = verdict.worst_layer
     if worst is None or verdict.layers_hold:
         finer = "report this" if dtype == "float32" else "export with export.export_dtype=float32"
         return ModelError(what, fix=f"{finer}; nothing was published")
@@ -188,8 +217,8 @@ def _refusal(verdict: Verdict, dtype: str) -> ModelError:
 
 
 @contextmanager
-def _memory_advice(run: FinishedRun, where: str) -> Iterator[None]:
-    """Say what the export needs where memory runs out in the block. Nothing has been published by then."""
+def memory_advice(run: FinishedRun, where: str, *, saved: str = "nothing was published") -> Iterator[None]:
+    """Say what the export needs where memory runs out in the block, and what is on the disk by then."""
     try:
         yield
     except Exception as error:
@@ -205,7 +234,7 @@ def _memory_advice(run: FinishedRun, where: str) -> Iterator[None]:
             options.insert(0, Option("export.verify=layers", "one layer is held at a time, and no whole model"))
         exhaustion = Exhaustion.of(error, where, "export", resolve_device(run.recipe.model.device))
         raise exhaustion.error(
-            planned=needed, saved="nothing was published; the run folder is as it was", options=options
+            planned=needed, saved=f"{saved}; the run folder is as it was", options=options
         ) from error
 
 

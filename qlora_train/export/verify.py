@@ -27,7 +27,7 @@ from qlora_train.data.split import Split
 from qlora_train.errors import ModelError, is_out_of_memory
 from qlora_train.evaluate.compare import Distance, Observed, distance, observe
 from qlora_train.evaluate.tasks import Answer, Question, answer
-from qlora_train.export.base import BaseReader
+from qlora_train.export.base import BaseReader, as_float32
 from qlora_train.export.layers import FolderWeights, TrainedWeights, Weights, observe_in_layers
 from qlora_train.export.merge import Merged
 from qlora_train.export.probe import Deviation, Probe, deviations, probing, recheck, row_deviations
@@ -62,7 +62,7 @@ class Verdict:
     onto: Onto = "dequantized"  # what the adapter was merged onto
     max_loss_rise: float = 0.0  # that a model which is knowingly another one may have
     how: How = "whole"
-    worst_layer: Deviation | None = None  # by its own output; None where the base is another one
+    worst_layer: Deviation | None = None  # by its own output; None where no layer can be held to one
 
     @property
     def kl_frac(self) -> float:
@@ -79,7 +79,7 @@ class Verdict:
     def accepted(self) -> bool:
         """Whether the merged model may be published: as the model that was trained, or as one that is no worse."""
         if self.onto == "original":
-            return self.loss_rise <= self.max_loss_rise
+            return self.loss_rise <= self.max_loss_rise and self.layers_hold
         return self.kl_frac <= self.max_kl_frac and self.layers_hold
 
     @property
@@ -188,10 +188,8 @@ def verify(run: FinishedRun, merged_folder: Path, reference: Reference, merged: 
     folder = Source(str(merged_folder), merged_folder)
     config = load_config(folder)
     weights = FolderWeights(stored_tensors(folder, build_skeleton(config)))
-    worst = None
-    if merged.onto == "dequantized":
-        export_dtype: torch.dtype = getattr(torch, run.recipe.export.export_dtype)
-        worst = worst_layer(run, reference, weights, weights.stored.__contains__, export_dtype)
+    export_dtype: torch.dtype = getattr(torch, run.recipe.export.export_dtype)
+    worst = worst_layer(run, reference, weights, weights.stored.__contains__, export_dtype, merged.onto)
     if reference.how == "layers":
         (seen,) = observe_in_layers(build_hollow(config, device), weights, reference.batches, device)
     else:
@@ -218,22 +216,24 @@ def worst_layer(
     weights: Weights,
     has: Callable[[str], bool],
     dtype: torch.dtype,
+    onto: Onto = "dequantized",
 ) -> Deviation | None:
     """Of all adapted layers the one whose output is furthest from the trained layer's, over what rounding explains.
 
     `weights` are the written tensors by the base's names, `has` finds one; `dtype` is what they were rounded to. Where
     a layer exceeds the limit, its weight is merged once more and its roundings are taken as they are. A table counts
-    with the rows of its new tokens.
+    with the rows of its new tokens. `onto`: what they were merged onto.
     """
 
     def value(name: str) -> Tensor:
         return weights.value(name).float()
 
+    probes = reference.probes if onto == "dequantized" else _on_original(run, reference.probes)
     tables = row_deviations(read_updates(run.run_dir.adapter), weights.rows, dtype)
-    found = deviations(reference.probes, value, has, dtype)
+    found = deviations(probes, value, has, dtype)
     if not found or found[0].ratio <= MAX_DEVIATION:
         return max([*found[:1], *tables], key=lambda deviation: deviation.ratio, default=None)
-    tensors = MergedTensors(run, run.source())
+    tensors = MergedTensors(run, run.source(), onto)
     stored = {tensors.parameter(name): name for name in tensors.names}
     certain = []
     for each in found:
@@ -241,9 +241,24 @@ def worst_layer(
             bias = f"{each.name.removesuffix('weight')}bias"
             bias_O = value(bias).cpu() if has(bias) else None
             exact_OI = tensors.exact(stored[each.name]).float().cpu()
-            each = recheck(each, reference.probes[each.name], value(each.name).cpu(), exact_OI, bias_O, dtype)
+            each = recheck(each, probes[each.name], value(each.name).cpu(), exact_OI, bias_O, dtype)
         certain.append(each)
     return max([*certain, *tables], key=lambda deviation: deviation.ratio)
+
+
+def _on_original(run: FinishedRun, probes: Mapping[str, Probe]) -> dict[str, Probe]:
+    """What trained layers would put out on the original weights: y + x (W - W4)^T, for updates that are only added.
+
+    Quantises every adapted weight once more. Memory: two weights in float32.
+    """
+    base, updates = BaseReader(run, run.source()), read_updates(run.run_dir.adapter)
+    moved = {}
+    for name, probe in probes.items():
+        if isinstance(updates.get(name), Delta):
+            original = base.original(name)
+            change_OI = base.started(name, original).float() - as_float32(base.as_trained(name, original))
+            moved[name] = Probe(probe.x_NI, probe.y_NO + probe.x_NI @ change_OI.cpu().T)
+    return moved
 
 
 def _hollow_trained(run: FinishedRun, source: Source) -> tuple[Any, torch.device]:

@@ -15,10 +15,12 @@ import torch
 from gguf import GGUFReader
 
 from qlora_train.export.base import as_float32
+from qlora_train.export.choice import Choice
 from qlora_train.export.formats import gguf_lora, lora
 from qlora_train.export.formats.families import Layout
-from qlora_train.export.formats.gguf_file import GgufModelWriter
+from qlora_train.export.formats.gguf_file import GgufModel, GgufModelWriter
 from qlora_train.export.tensors import MergedTensors
+from qlora_train.model.trained import open_run
 from tests.clients import checks, llama_cpp
 from tests.commandline import Outcome, run_cli, write_recipe
 
@@ -43,7 +45,7 @@ def exported(run: Path) -> tuple[Path, Outcome]:
 
 def trained_model(run: Path) -> Any:
     from qlora_train.model.load import to_float32
-    from qlora_train.model.trained import load_trained, open_run
+    from qlora_train.model.trained import load_trained
 
     trained = load_trained(open_run(run))
     to_float32(trained.model)
@@ -65,7 +67,8 @@ def test_every_format_is_measured_and_described(exported: tuple[Path, Outcome]) 
         assert "adapter switched off" in card and result["commands"][0].split()[0] in card
         assert (folder / name / "MANIFEST.json").is_file()
     lines = (folder.parent / "run" / "exports.jsonl").read_text().splitlines()
-    assert [Path(json.loads(line)["folder"]).name for line in lines][: len(FORMATS)] == list(FORMATS)
+    noted = [json.loads(line) for line in lines][: len(FORMATS)]
+    assert [Path(line["folder"]).name for line in noted] == [line["export_dtype"] for line in noted] == list(FORMATS)
 
 
 def test_one_format_is_the_folder_itself(run: Path, tmp_path: Path) -> None:
@@ -101,7 +104,6 @@ def test_the_adapter_in_llama_cpp_is_the_merged_model(
     """On a GGUF of the base that was trained on; without the adapter the answers are others."""
     from qlora_train.export.base import BaseReader, as_float32
     from qlora_train.model.skeleton import load_config
-    from qlora_train.model.trained import open_run
     from tests.tiny import VOCAB_SIZE
 
     finished = open_run(run)
@@ -200,6 +202,50 @@ def test_the_base_with_its_own_codes_is_exact_in_four_bit(exported: tuple[Path, 
         )
 
 
+CHOOSING = ("export.base=auto", "export.compare_rows=4", "eval.generate_rows=2", "eval.max_new_tokens=2")
+
+
+def test_what_to_merge_onto_is_measured_once_for_all_formats(run: Path, tmp_path: Path) -> None:
+    asked = ("--format", "gguf-f16", "--format", "safetensors", "--format", "lora")
+    outcome = run_cli("export", run, tmp_path / "out", *CHOOSING, *asked)
+    assert outcome.code == 0, outcome.err
+    assert outcome.err.count("measuring the merge: original") == 1 and "writing gguf-f16" in outcome.err
+    found = {name: json.loads((tmp_path / "out" / name / "export.json").read_text()) for name in asked[1::2]}
+    choice = found["gguf-f16"]["choice"]
+    assert [one["onto"] for one in choice["candidates"]] == ["dequantized", "original", "requantized"]
+    assert found["safetensors"]["choice"] == choice and found["lora"]["choice"] is None
+    assert found["gguf-f16"]["merged_onto"] == found["safetensors"]["merged_onto"] and not found["lora"]["merged_onto"]
+    assert outcome.out.count("merged onto") == 1 and " ".join(outcome.out.split()).count(choice["sentence"]) == 1
+    card = (tmp_path / "out" / "gguf-f16" / "README.md").read_text()
+    assert choice["sentence"] in card and "(which these files were made from)" in card
+
+
+@pytest.mark.slow
+def test_formats_are_merged_onto_what_was_chosen(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The original weights, here by force: another model than the trained one, and the adapter's base stays its own."""
+    monkeypatch.setattr(Choice, "onto", "original")
+    asked = ("--format", "gguf-f32", "--format", "nf4-lora", "export.max_loss_rise=100", "--json")
+    outcome = run_cli("export", run, tmp_path / "out", *CHOOSING, *asked)
+    assert outcome.code == 0, outcome.err
+    gguf, nf4 = json.loads(outcome.out)["formats"]
+    assert gguf["verdict"]["onto"] == "original" and gguf["verdict"]["merged"]["mean_kl"] > 1e-6
+    assert nf4["verdict"]["onto"] == "dequantized" and abs(nf4["verdict"]["merged"]["mean_kl"]) < 1e-6
+    assert "another model than the trained one" in (tmp_path / "out" / "gguf-f32" / "README.md").read_text()
+    assert "this is the model that was trained" in (tmp_path / "out" / "nf4-lora" / "README.md").read_text()
+    finished = open_run(run)
+    source = finished.source()
+    name = "model.layers.0.mlp.up_proj.weight"
+    written = GgufModel(tmp_path / "out" / "gguf-f32" / "model-F32.gguf", finished.config(source))[name]
+    assert torch.equal(written, MergedTensors(finished, source, "original").exact(name))
+
+
+def test_a_layer_that_no_row_reaches_is_not_rounded(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qlora_train.export.formats.writers.round_in_layers", lambda *_: None)
+    outcome = run_cli("export", run, tmp_path / "w", "--format", "w4a16", "export.max_kl=9")
+    assert outcome.code == 4 and "no calibration row reaches model.layers.0.mlp.down_proj.weight" in outcome.err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_format_that_is_too_far_off_is_refused_with_its_price(run: Path, tmp_path: Path) -> None:
     strict = "export.max_kl_frac=1e-9"
     refused = run_cli("export", run, tmp_path / "q", strict, "--format", "gguf-q8_0")
@@ -218,8 +264,12 @@ def test_a_format_that_is_too_far_off_is_refused_with_its_price(run: Path, tmp_p
     [
         (["--format", "gguf-q9"], "no such format. Fix: one of safetensors, gguf-f32"),
         (["--format", "gguf-q4_k_m"], "llama-quantize model-F32.gguf model-Q4_K_M.gguf Q4_K_M"),
-        (["--format", "lora", "--push", "me/mine"], "--push uploads"),
-        (["--format", "lora", "export.base=auto"], "export.base=dequantized"),
+        (["--format", "lora", "--format", "nf4-lora", "export.base=auto"], "no effect on lora, nf4-lora"),
+        (["--format", "gguf-f16", "export.export_dtype=float16"], "export.export_dtype has no effect here"),
+        (["--format", "gguf-f16", "export.shard_gib=1"], "export.shard_gib has no effect here"),
+        (["export.max_kl=1"], "export.max_kl has no effect here"),
+        (["export.max_loss_rise=1"], "give export.base=original or export.base=auto"),
+        (["eval.generate_rows=3"], "eval.generate_rows has no effect here"),
     ],
 )
 def test_what_cannot_be_is_refused_before_any_work(arguments: list[str], words: str, run: Path, tmp_path: Path) -> None:

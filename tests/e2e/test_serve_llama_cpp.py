@@ -75,6 +75,19 @@ def test_a_family_computes_and_reads_text_as_transformers_does(family: str, tmp_
 
 
 @pytest.mark.slow
+def test_a_longer_context_computes_short_texts_of_long_models_otherwise(tmp_path: Path) -> None:
+    """Why the file says no more than the length of short texts, which is what a server takes by itself."""
+    model = random_model("phi3-long")
+    ids = write(tmp_path / "m.gguf", "phi3-long", model)(TEXT)["input_ids"]
+    reference = next_token(model, ids)
+    found = {}
+    for context in (0, 512):  # 0: the file's own
+        with llama_cpp.LlamaServer(tmp_path / "m.gguf", exact=True, context=context) as server:
+            found[context] = kl(reference, server.log_probabilities(ids, model.config.vocab_size))
+    assert found[0] < MAX_KL < 0.1 < found[512]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("file_type", "max_kl"), [("F16", 1e-4), ("BF16", 3e-3), ("Q8_0", 3e-2)])
 def test_file_types_are_as_far_off_as_their_rounding(file_type: str, max_kl: float, tmp_path: Path) -> None:
     model = random_model("llama")

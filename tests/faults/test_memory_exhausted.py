@@ -201,6 +201,14 @@ def test_at_the_export(straight: Path, tmp_path: Path, monkeypatch: pytest.Monke
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
 
 
+@pytest.mark.slow
+def test_at_the_export_of_a_format(straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fail_at(monkeypatch, "qlora_train.export.formats.measure.fill_whole", 2, on_host)
+    outcome = run_cli("export", straight / "run", tmp_path / "out", "--format", "lora", "--format", "gguf-f16")
+    advised(outcome, "while gguf-f16 was written and measured", "nothing of gguf-f16 was published")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["lora"]
+
+
 def test_in_an_evaluation_of_its_own(straight: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fail_at(monkeypatch, "qlora_train.evaluate.sides.validate", 1)
     outcome = run_cli("eval", straight / "run")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import re
 import shutil
@@ -52,6 +54,23 @@ def verb(*arguments: str | Path) -> tuple[dict[str, Any], float]:
         sys.exit(f"the command above ended with {done.returncode}")
     result: dict[str, Any] = json.loads(done.stdout)
     return result, time.perf_counter() - started
+
+
+def verb_here(*arguments: str | Path) -> dict[str, Any]:
+    """As `verb`, in this process, which has paid for its imports; only the result. Stages go to stderr."""
+    from qlora_train.cli.main import app
+
+    print(f"$ qlora-train {' '.join(map(str, arguments))}", flush=True)
+    out, code = io.StringIO(), 0
+    with contextlib.redirect_stdout(out):
+        try:
+            app(args=[*map(str, arguments), "--json"])
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    if code:
+        sys.exit(f"the command above ended with {code}")
+    result: dict[str, Any] = json.loads(out.getvalue())
+    return result
 
 
 def fresh(folder: Path) -> Path:

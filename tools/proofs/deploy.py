@@ -1,7 +1,9 @@
 """Deploying what was trained: merging in bounded memory, the price of each base, faults that verification catches.
 
 A random model of 1 billion weights is made on disk (8 with FULL=1) and merged in a process of its own; the rest runs on
-SmolLM2-135M, fine-tuned on `spelling`. An earlier run of that counts only where it verifies (proofs/main_job.py).
+SmolLM2-135M, fine-tuned on `spelling`. An earlier run of that counts only where it verifies (proofs/main_job.py). The
+short form trains on few rows and makes all other exports in this process, where each tensor of the base is quantised,
+and held against the run's record, once; what it judges is judged by the same bars.
 """
 
 from __future__ import annotations
@@ -12,21 +14,25 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 from serving.bars import formats_bars
 
-from proofs.common import ROOT, WORK, Bar, earlier, fresh, verb
+from proofs.common import ROOT, WORK, Bar, earlier, fresh, verb, verb_here
 
 FOLDER = WORK / "deploy"
 SPELLING = WORK / "main-job" / "spelling"
 RECIPE = ROOT / "recipes" / "spelling.yaml"
 MAX_GIB = 3.0
-# Rows of a run made here, answers compared (in the short form fewer), rows that a large merge is verified on.
-SHORT_ROWS, ANSWERS, SHORT_ANSWERS, LAYER_ROWS = 800, 200, 64, 4
+# Of the short form: rows that are trained on, and held-out rows that training looks at.
+SHORT_ROWS, SHORT_EVAL_ROWS = 320, 64
+# Rows and answers on which the ways to merge are compared.
+COMPARED, SHORT_COMPARED, ANSWERS, SHORT_ANSWERS = 200, 64, 200, 32
+LAYER_ROWS, FAULT_ROWS = 2, 8  # rows that a large merge is verified on, and those that faults are planted in
 LAYER = "model.layers.7"
 EARLIER = "an earlier run that verifies"
 
@@ -34,12 +40,33 @@ EARLIER = "an earlier run that verifies"
 def measure(full: bool) -> list[Bar]:
     """All bars of deployment."""
     run, note = _spelling(full)
-    return [
-        *memory_bars("8B" if full else "1B"),
-        *base_bars(run, ANSWERS if full else SHORT_ANSWERS, note),
-        *fault_bars(run),
-        *formats_bars(run, full),
-    ]
+    bars = memory_bars("8B" if full else "1B")
+    with nullcontext() if full else base_once():
+        bars += base_bars(run, full, note)
+        bars += fault_bars(run)
+        bars += formats_bars(run, full)
+    return bars
+
+
+@contextmanager
+def base_once() -> Iterator[None]:
+    """Within the block a tensor of a base is quantised, and proven to be the trained one, when it is first asked for.
+
+    Holds the base as training held it.
+    """
+    from qlora_train.export.base import BaseReader
+
+    made = BaseReader.as_trained
+    known: dict[tuple[Path, str], Any] = {}
+
+    def as_trained(self: Any, name: str, original: Any = None) -> Any:
+        key = (self.stored[name].path, name)
+        if key not in known:
+            known[key] = made(self, name, original)
+        return known[key]
+
+    with mock.patch.object(BaseReader, "as_trained", as_trained):
+        yield
 
 
 def memory_bars(size: str) -> list[Bar]:
@@ -64,12 +91,12 @@ def memory_bars(size: str) -> list[Bar]:
     return bars
 
 
-def base_bars(run: Path, answers: int, note: str) -> list[Bar]:
+def base_bars(run: Path, full: bool, note: str) -> list[Bar]:
     """The three ways to merge, on held-out rows and answers."""
-    result, _ = verb(
-        "export", run, fresh(FOLDER / "auto"), "export.base=auto", f"eval.generate_rows={answers}",
-        f"export.compare_rows={answers}",
-    )  # fmt: skip
+    rows, answers = (COMPARED, ANSWERS) if full else (SHORT_COMPARED, SHORT_ANSWERS)
+    asked = ("export.base=auto", f"eval.generate_rows={answers}", f"export.compare_rows={rows}")
+    target = fresh(FOLDER / "auto")
+    result = verb("export", run, target, *asked)[0] if full else verb_here("export", run, target, *asked)
     choice = result["choice"]
     by_name = {candidate["onto"]: candidate for candidate in choice["candidates"]}
     ours, again = by_name["dequantized"], by_name["requantized"]
@@ -95,15 +122,20 @@ def fault_bars(run: Path) -> list[Bar]:
     """Planted faults that verification must catch, and the merge without one, which it must not."""
     from qlora_train.adapters.fold import read_updates
     from qlora_train.errors import ModelError
-    from qlora_train.export.run import run_export
+    from qlora_train.export.clock import Clock
+    from qlora_train.export.run import measure_trained, rows_to_verify, run_export
     from qlora_train.model.trained import open_run
 
+    finished = open_run(run, [f"export.verify_rows={FAULT_ROWS}"], sections=("export",))
+    source = finished.source()
+    tokenizer = finished.tokenizer(source)
+    trained = measure_trained(finished, source, tokenizer, rows_to_verify(finished, tokenizer), Clock())
     bars = []
     for what, spoil in {"none": dict, **FAULTS}.items():
         said, spoiled = "", spoil(read_updates(run / "adapter"))
         try:
             with mock.patch("qlora_train.export.tensors.read_updates", return_value=spoiled):
-                run_export(open_run(run, ["export.verify_rows=8"], sections=("export",)), fresh(FOLDER / "fault"))
+                run_export(finished, fresh(FOLDER / "fault"), measured=trained)
         except ModelError as error:
             said = str(error)
         caught = float(bool(said) if what == "none" else "is not the trained one" in said)
@@ -146,6 +178,7 @@ def _spelling(full: bool) -> tuple[Path, str]:
     if not full and earlier(SPELLING, RECIPE) is not None:
         return SPELLING, EARLIER
     run = fresh(FOLDER / "spelling")
-    short = [] if full else [f"data.max_train_rows={SHORT_ROWS}", "eval.generate_rows=0"]
+    short = [f"data.max_train_rows={SHORT_ROWS}", f"data.max_eval_rows={SHORT_EVAL_ROWS}", "eval.generate_rows=0"]
+    short = [] if full else short
     verb("train", "recipes/spelling.yaml", f"run.dir={run}", *short)
     return run, "" if full else f"trained on {SHORT_ROWS} rows only"

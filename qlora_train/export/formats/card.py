@@ -2,21 +2,44 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from qlora_train.environment import versions
+from qlora_train.export.card import base_name, choice_words, hub_header, licence_words, recipe_words, rows_words
+from qlora_train.export.choice import Choice
 from qlora_train.export.formats.measure import FormatVerdict
 from qlora_train.export.licence import Licence
 from qlora_train.model.trained import FinishedRun
 
 
-def format_figures(name: str, run: FinishedRun, verdict: FormatVerdict, notices: Sequence[str]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class FormatFacts:
+    """Everything that a card tells."""
+
+    run: FinishedRun
+    audit: dict[str, Any]  # data.json of the run
+    format: str
+    title: str
+    name: str  # of the model
+    merges: bool  # else the adapter lies beside its base, or alone
+    verdict: FormatVerdict
+    licence: Licence
+    commands: Sequence[str]
+    notices: Sequence[str]
+    choice: Choice | None = None
+
+
+def format_figures(facts: FormatFacts) -> dict[str, Any]:
     """What `export.json` holds."""
+    run, verdict, choice = facts.run, facts.verdict, facts.choice
     return {
-        "format": name,
-        "base": run.recipe.model.path,
+        "format": facts.format,
+        "base": base_name(run.recipe.model.path),
         "base_digest": run.base_print.digest,
+        "merged_onto": verdict.onto if facts.merges else None,
         "quant": run.base_print.quant,
         "method": run.recipe.adapter.method,
         "verification": {
@@ -27,49 +50,41 @@ def format_figures(name: str, run: FinishedRun, verdict: FormatVerdict, notices:
             "kl_frac": verdict.kl_frac,
             "max_kl_frac": verdict.max_kl_frac,
             "max_kl": verdict.max_kl,
-            "exported": verdict.merged.__dict__,
-            "adapter_off": verdict.adapter_off.__dict__,
+            "loss_rise": verdict.loss_rise,
+            "max_loss_rise": verdict.max_loss_rise,
+            "worst_layer": None if verdict.worst_layer is None else asdict(verdict.worst_layer),
+            "exported": asdict(verdict.merged),
+            "adapter_off": asdict(verdict.adapter_off),
         },
-        "notices": list(notices),
+        "choice": None if choice is None else {**asdict(choice), "sentence": choice.sentence},
+        "notices": list(facts.notices),
+        "licence": asdict(facts.licence),
         "versions": versions(),
     }
 
 
-def format_card(
-    title: str,
-    name: str,
-    run: FinishedRun,
-    verdict: FormatVerdict,
-    licence: Licence,
-    commands: Sequence[str],
-    notices: Sequence[str],
-) -> str:
+def format_card(facts: FormatFacts) -> str:
     """README.md, with a header that the hub reads."""
+    run, verdict = facts.run, facts.verdict
     exported, off = verdict.merged, verdict.adapter_off
+    adapter = run.recipe.adapter
     rows = "held-out" if verdict.split == "eval" else "training"
-    same = verdict.kl_frac <= verdict.max_kl_frac
-    header = f"license: {licence.name}\n" if licence.name else ""
-    own_name = licence.own_name or licence.name
-    applies = f"The licence of the base applies: {plain(own_name)}." if own_name else "The licence of the base applies."
     losses = f"{exported.candidate_nll:.4f} | {off.candidate_nll:.4f}"
-    said = (
-        f"Merged onto the original weights, this is another model than the trained one: its loss differs by "
-        f"{verdict.loss_rise:+.4f} nats per token."
-        if verdict.onto == "original"
-        else f"The KL is {verdict.kl_frac:.3%} of the adapter's effect: this is the model that was trained."
-        if same
-        else f"The KL is {verdict.kl_frac:.1%} of the adapter's effect: **this is not quite the model that was "
-        f"trained**. It was published because up to {verdict.max_kl:g} nats per token were accepted (export.max_kl)."
-    )
-    listed = "".join(f"* {plain(notice)}\n" for notice in notices)
+    listed = "".join(f"* {plain(notice)}\n" for notice in facts.notices)
+    base = run.recipe.model.path
+    commands = "\n".join(facts.commands).replace(shlex.quote(base), base_name(base))
     return f"""---
-tags: [qlora, {run.recipe.adapter.method}]
-base_model: {plain(run.recipe.model.path)}
-{header}---
-# {plain(name)}: {title}
+{hub_header(run, facts.licence, _library(facts), "finetune" if facts.merges else "adapter")}
+---
+# {plain(facts.name)}: {facts.title}
 
-`{plain(run.recipe.model.path)}`, fine-tuned with {run.recipe.adapter.method} (r = {run.recipe.adapter.r}, \
-alpha = {run.recipe.adapter.alpha:g}). {applies}
+`{base_name(base)}`, fine-tuned with {adapter.method} (r = {adapter.r}, alpha = {adapter.alpha:g}).
+{licence_words(facts.licence)}
+
+## Trained on
+{rows_words(facts.audit)}
+
+{recipe_words(run)}
 
 ## Is it the model that was trained?
 The files were read back and compared with base + adapter on {verdict.num_rows} {rows} rows
@@ -81,13 +96,35 @@ The files were read back and compared with base + adapter on {verdict.num_rows} 
 | same most likely token | {exported.top1_agreement:.2%} | {off.top1_agreement:.2%} |
 | loss per supervised token (trained: {exported.reference_nll:.4f}) | {losses} |
 
-{said}
-{listed}
-## Serve
+{_verdict_words(verdict)}
+{listed}{choice_words(facts.choice, "which these files were made from")}
+## Serve it
 ```
-{chr(10).join(commands)}
+{commands}
 ```
+`THIS_FOLDER` stands for the folder of these files. From the hub: `hf download ORG/NAME --local-dir THIS_FOLDER`.
 """
+
+
+def _library(facts: FormatFacts) -> str:
+    """What the hub offers to load it with."""
+    if facts.format.startswith("gguf"):
+        return "gguf"
+    return "transformers" if facts.merges else "peft"
+
+
+def _verdict_words(verdict: FormatVerdict) -> str:
+    if verdict.onto == "original":
+        return (
+            "Merged onto the original weights, this is **another model than the trained one**: its loss differs by "
+            f"{verdict.loss_rise:+.4f} nats per token."
+        )
+    if verdict.kl_frac <= verdict.max_kl_frac:
+        return f"The KL is {verdict.kl_frac:.3%} of the adapter's effect: this is the model that was trained."
+    return (
+        f"The KL is {verdict.kl_frac:.1%} of the adapter's effect: **this is not quite the model that was trained**. "
+        f"It was published because up to {verdict.max_kl:g} nats per token were accepted (export.max_kl)."
+    )
 
 
 def plain(text: str) -> str:

@@ -23,6 +23,7 @@ Value = int | float | bool | str | list[float] | list[int]
 _SUFFIXES = (".weight", ".bias")
 _GEMMA_2_LARGE, _GEMMA_3_LARGE = 46, 62  # layers of the 27B models, whose scores llama.cpp scales otherwise
 _GEMMA_3_PATTERN = 6  # every sixth layer sees everything
+_PARTLY_ROTATED = ("phi", "phi3")
 _SILU = ("silu", "swish")
 _GELU = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")  # three ways to write the approximation by tanh
 
@@ -153,14 +154,31 @@ def extra_tensors(config: Any) -> dict[str, Tensor]:
 
 
 def _context_length(config: Any) -> tuple[int, list[str]]:
-    """Positions; no more than the window where llama.cpp attends to everything and the model to a window."""
-    positions, window = int(config.max_position_embeddings), _window(config)
-    if config.model_type not in ("mistral", "phi3") or not window or window >= positions:
-        return positions, []
-    return window, [
-        f"the model attends to the last {window:,} tokens, llama.cpp's {family_of(config).name} models to all: the "
-        f"file says that its context is {window:,} tokens, up to which both are the same"
-    ]
+    """Positions; no more than llama.cpp computes as transformers does, and why."""
+    positions, window, short = int(config.max_position_embeddings), _window(config), _short_length(config)
+    context, notices = positions, []
+    says = "the file says that its context is {0:,} tokens, up to which both are the same"
+    if config.model_type in ("mistral", "phi3") and window and window < context:
+        context = window
+        attends = f"llama.cpp's {family_of(config).name} models to all"
+        notices.append(f"the model attends to the last {window:,} tokens, {attends}: {says.format(window)}")
+    if short is not None and short < context:
+        context = short
+        notices.append(
+            f"texts of more than {short:,} tokens have rotary factors of their own, which llama.cpp takes for all "
+            f"texts once its context is longer: {says.format(short)}; for longer texts alone give llama-server a "
+            "larger -c"
+        )
+    return context, notices
+
+
+def _short_length(config: Any) -> int | None:
+    """Length of text up to which long rotary positions have factors of their own; None for other positions.
+
+    transformers chooses by the length of the text, llama.cpp (llama_model::get_rope_factors) by that of its context.
+    """
+    rope = _rope(config)
+    return int(rope["original_max_position_embeddings"]) if rope["rope_type"] == "longrope" else None
 
 
 def _window(config: Any) -> int | None:
@@ -181,16 +199,23 @@ def _rope_keys(config: Any) -> Mapping[str, Value]:
     kind = rope["rope_type"]
     if kind in ("linear", "yarn"):
         keys[Keys.Rope.SCALING_TYPE] = kind
-        keys[Keys.Rope.SCALING_FACTOR] = float(rope["factor"])
+        keys[Keys.Rope.SCALING_FACTOR] = _stretch(config, rope)
     if kind == "yarn":
         keys[Keys.Rope.SCALING_ORIG_CTX_LEN] = int(rope["original_max_position_embeddings"])
     if kind == "longrope":
         original = int(rope["original_max_position_embeddings"])
-        stretch = config.max_position_embeddings / original
+        stretch = _stretch(config, rope)
         scale = math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 else 1.0
         keys[Keys.Rope.SCALING_ORIG_CTX_LEN] = original
         keys[Keys.Rope.SCALING_ATTN_FACTOR] = float(rope.get("attention_factor") or scale)
     return keys
+
+
+def _stretch(config: Any, rope: Mapping[str, Any]) -> float:
+    """By what positions are scaled. A config that leaves it open means the ratio of its two lengths."""
+    if (factor := rope.get("factor")) is not None:
+        return float(factor)
+    return float(config.max_position_embeddings / rope["original_max_position_embeddings"])
 
 
 def _rope(config: Any) -> dict[str, Any]:
@@ -231,12 +256,18 @@ def _head_dim(config: Any) -> int:
 
 
 def _rotary_dim(config: Any) -> int:
+    if config.model_type not in _PARTLY_ROTATED:  # transformers' code of the others does not look at the key
+        return _head_dim(config)
     frac = (config.rope_parameters or {}).get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None)
     return int(_head_dim(config) * (1.0 if frac is None else frac))
 
 
 def _no_reasons(_: Any) -> list[str]:
     return []
+
+
+def _bias_reasons(config: Any) -> list[str]:
+    return ["biases in the attention (attention_bias)"] if getattr(config, "attention_bias", False) else []
 
 
 def _llama_reasons(config: Any) -> list[str]:
@@ -247,11 +278,15 @@ def _qwen_reasons(config: Any) -> list[str]:
     return ["a sliding window (use_sliding_window)"] if _window(config) else []
 
 
+def _qwen3_reasons(config: Any) -> list[str]:
+    return _qwen_reasons(config) + _bias_reasons(config)
+
+
 def _gemma_reasons(config: Any, pattern: int, large: int) -> list[str]:
     """Windows, scale of the scores and their caps, which llama.cpp fixes."""
     layers = config.num_hidden_layers
     expected = ["full_attention" if (i + 1) % pattern == 0 else "sliding_attention" for i in range(layers)]
-    reasons = []
+    reasons = _bias_reasons(config)
     if list(config.layer_types) != expected:
         reasons.append(f"windows in other layers than all but each {pattern}th (layer_types)")
     scale = config.hidden_size // config.num_attention_heads if layers == large else _head_dim(config)
@@ -272,6 +307,9 @@ def _gemma2_reasons(config: Any) -> list[str]:
 
 def _gemma3_reasons(config: Any) -> list[str]:
     reasons = _gemma_reasons(config, _GEMMA_3_PATTERN, _GEMMA_3_LARGE)
+    near = config.rope_parameters["sliding_attention"].get("rope_type", "default")
+    if near != "default":
+        reasons.append(f"rotary positions of type {near} within the windows")
     return reasons + [
         f"{name} is {value}"
         for name in ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention")
@@ -280,7 +318,8 @@ def _gemma3_reasons(config: Any) -> list[str]:
 
 
 def _phi_reasons(config: Any) -> list[str]:
-    return ["normalised queries and keys (qk_layernorm)"] if getattr(config, "qk_layernorm", False) else []
+    reasons = ["normalised queries and keys (qk_layernorm)"] if getattr(config, "qk_layernorm", False) else []
+    return reasons + (["a head tied to the embedding"] if config.tie_word_embeddings else [])
 
 
 def _phi3_reasons(config: Any) -> list[str]:
@@ -291,7 +330,7 @@ def _phi3_reasons(config: Any) -> list[str]:
 _CHECKS: dict[str, Callable[[Any], list[str]]] = {
     "llama": _llama_reasons,
     "qwen2": _qwen_reasons,
-    "qwen3": _qwen_reasons,
+    "qwen3": _qwen3_reasons,
     "gemma2": _gemma2_reasons,
     "gemma3_text": _gemma3_reasons,
     "phi": _phi_reasons,

@@ -25,6 +25,7 @@ from qlora_train.artifacts.files import explained
 from qlora_train.errors import ModelError
 from qlora_train.export.formats.families import Layout, Value, extra_tensors, hyperparameters
 from qlora_train.export.formats.vocabulary import Vocabulary, general_name
+from qlora_train.export.licence import Licence
 
 FILE_TYPES = {
     "F32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
@@ -53,6 +54,7 @@ class GgufModelWriter:
         *,
         file_type: str,
         name: str,
+        licence: Licence | None = None,
     ) -> None:
         self.layout = Layout(config)
         self.digests: dict[str, str] = {}
@@ -69,6 +71,8 @@ class GgufModelWriter:
         self.notices += notices
         self._writer.add_type("model")
         self._writer.add_name(general_name(name, strips_right=vocabulary.strips_right))
+        if licence is not None:
+            _add_licence(self._writer, licence)
         self._writer.add_file_type(file_type_id)
         self._writer.add_quantization_version(GGML_QUANT_VERSION)
         add_values(self._writer, keys)
@@ -178,6 +182,16 @@ def start_data(writer: GGUFWriter, path: Path) -> None:
 def _plan(writer: GGUFWriter, name: str, shape: Sequence[int], kind: GGMLQuantizationType) -> None:
     num_bytes = int(np.prod(quant_shape_to_byte_shape(tuple(shape), kind)))
     writer.add_tensor_info(name, tuple(shape), np.dtype(np.float32), num_bytes, raw_dtype=kind)
+
+
+def _add_licence(writer: GGUFWriter, licence: Licence) -> None:
+    """The file travels without its card."""
+    if licence.name is not None:
+        writer.add_license(licence.name)
+    if licence.own_name is not None:
+        writer.add_license_name(licence.own_name)
+    if licence.link is not None:
+        writer.add_license_link(licence.link)
 
 
 def _add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:

@@ -49,9 +49,9 @@ def measure(
     """
     gc.collect()
     worst = None
-    if dtype is not None and onto == "dequantized":
+    if dtype is not None:
         names = run.base_print.tensors
-        worst = worst_layer(run, reference, weights, names.__contains__, dtype)
+        worst = worst_layer(run, reference, weights, names.__contains__, dtype, onto)
     if reference.how == "layers":
         model = build_hollow(run.config(source), reference.device)
         (seen,) = observe_in_layers(model, weights, reference.batches, reference.device)

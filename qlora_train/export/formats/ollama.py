@@ -30,7 +30,7 @@ MODELFILE = "Modelfile"
 _PROGRAM = Path(__file__).with_name("render.go")
 _GO_S = 120
 _BEFORE_QUESTION = "\n\n"  # after what the system says, where a template has no place for it
-_DEFAULT_CONTEXT = 4096  # what Ollama gives a model that asks for nothing
+_DEFAULT_CONTEXT = 4096  # the least that Ollama gives a model that asks for nothing
 _MARKS = {"system": "qSYSTEMq", "user": "qUSER{}q", "assistant": "qANSWER{}q"}
 _SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty")
 
@@ -49,6 +49,8 @@ class Checked:
         """For the Modelfile and the terminal."""
         if not self.program:
             return "unverified: no `go` on PATH to render the template with"
+        if not self.num_prompts:
+            return "unverified: no golden prompt is a conversation that waits for an answer"
         if self.num_equal == self.num_prompts:
             return f"verified: Go renders all {self.num_prompts} golden prompts as training did"
         some = "; ".join(self.differing)

@@ -101,7 +101,7 @@ class FourBitFolder:
 
 
 def unpack_groups(packed: Tensor, scale: Tensor) -> Tensor:
-    """The float32 weight (O, I) of compressed-tensors' 4-bit groups: see four_bit.w4a16_encoder for the layout."""
+    """The float32 weight (O, I) of compressed-tensors' 4-bit groups: see four_bit.packed_parts for the layout."""
     shifts = 4 * torch.arange(8, dtype=torch.int32)
     codes = ((packed[..., None] >> shifts) & 15) - 8
     return (codes.flatten(1).unflatten(1, (scale.shape[1], -1)) * scale.float()[..., None]).flatten(1)

@@ -31,6 +31,7 @@ _SHORT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 _PHI_3 = re.compile("phi-?3", re.IGNORECASE)
 _KEEPING = ("<unk>", "<s>", "<|endoftext|>")
 _GPT2, _DIGITS = "GPT-2", "digits"
+_END_NAMES = ("eot", "eom")  # of turn, of message: what llama.cpp stops at besides the tokenizer's own end
 _PRE_TOKENIZERS: dict[tuple[str, ...], str] = {
     (_GPT2,): "gpt-2",
     (_DIGITS, _GPT2): "smollm",
@@ -53,7 +54,7 @@ class Vocabulary:
     types: tuple[int, ...]
     scores: tuple[float, ...]  # empty for gpt2
     merges: tuple[str, ...]  # empty for llama
-    special_ids: dict[str, int]  # bos, eos, unk, pad, eot
+    special_ids: dict[str, int]  # bos, eos, unk, pad, eot, eom
     add_bos: bool
     add_eos: bool
     add_space_prefix: bool
@@ -66,7 +67,8 @@ def read_vocabulary(tokenizer: Any, num_rows: int, end_token_ids: Sequence[int])
     """The vocabulary of a fast tokenizer for an embedding of `num_rows`; ModelError for one llama.cpp cannot be told.
 
     Rows without a token get names that no text gives. Tokens without a row, which no model can read, are left out.
-    `end_token_ids` are those at which generation stops: one that is not the tokenizer's end goes in as end of turn.
+    `end_token_ids` are those at which generation stops: two that are not the tokenizer's end go in as end of turn and
+    of message.
     """
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
     model = spec["model"]
@@ -92,6 +94,9 @@ def read_vocabulary(tokenizer: Any, num_rows: int, end_token_ids: Sequence[int])
             f"the model has several chat templates ({', '.join(sorted(tokenizer.chat_template))}), and the file holds "
             "none of them: give llama-server one by --chat-template-file"
         )
+    if unnamed := _other_ends(tokenizer, end_token_ids)[len(_END_NAMES) :]:
+        texts = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(unnamed)))
+        notices.append(f"the file has no place for every token that ends an answer: let the server stop at {texts} too")
     probe = tokenizer("a")["input_ids"]
     return Vocabulary(
         kind="gpt2" if byte_level else "llama",
@@ -252,7 +257,9 @@ def _notices(spec: dict[str, Any], added: dict[int, dict[str, Any]]) -> list[str
 
 def _special_ids(tokenizer: Any, num_rows: int, end_token_ids: Sequence[int]) -> dict[str, int]:
     found = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "unk", "pad")}
-    others = [number for number in end_token_ids if number != tokenizer.eos_token_id]
-    if others:
-        found["eot"] = others[0]
+    found |= dict(zip(_END_NAMES, _other_ends(tokenizer, end_token_ids), strict=False))
     return {name: number for name, number in found.items() if number is not None and number < num_rows}
+
+
+def _other_ends(tokenizer: Any, end_token_ids: Sequence[int]) -> list[int]:
+    return [number for number in end_token_ids if number != tokenizer.eos_token_id]

@@ -19,6 +19,7 @@ from qlora_train.data.loader import eval_batches
 from qlora_train.data.parity import Golden, check_parity, write_golden
 from qlora_train.errors import MachineError, ModelError, Problem, RecipeError
 from qlora_train.export.base import BaseReader
+from qlora_train.export.card import base_name
 from qlora_train.export.configs import generation_settings, write_configs
 from qlora_train.export.formats import four_bit
 from qlora_train.export.formats.families import family_of, hyperparameters
@@ -26,7 +27,13 @@ from qlora_train.export.formats.gguf_file import FILE_TYPES, GgufModel, GgufMode
 from qlora_train.export.formats.gguf_lora import read_gguf_lora, write_gguf_lora
 from qlora_train.export.formats.gptq import gptq, round_in_layers
 from qlora_train.export.formats.lora import served_rank, vllm_problems, write_lora
-from qlora_train.export.formats.ollama import MODELFILE, check_template, modelfile, read_turns, without_bos
+from qlora_train.export.formats.ollama import (
+    MODELFILE,
+    check_template,
+    modelfile,
+    read_turns,
+    without_bos,
+)
 from qlora_train.export.formats.readers import AdapterWeights, FourBitFolder, GgufWeights
 from qlora_train.export.formats.vocabulary import Vocabulary, read_vocabulary
 from qlora_train.export.layers import CandidateWeights, TrainedWeights, Weights
@@ -34,7 +41,7 @@ from qlora_train.export.licence import Licence
 from qlora_train.export.tensors import MergedTensors, Onto
 from qlora_train.model.hollow import build_hollow
 from qlora_train.model.skeleton import build_skeleton, head_name, linear_layers
-from qlora_train.model.source import Source
+from qlora_train.model.source import GGUF_SUFFIX, Source
 from qlora_train.model.trained import FinishedRun
 from qlora_train.quant.bnb import Params4bit, QuantSettings, cpu_width_multiple
 
@@ -58,6 +65,7 @@ class Job:
     golden: Sequence[Golden]
     name: str  # of the model that is written, as its users will see it
     licence: Licence
+    onto: Onto = "dequantized"  # what the adapter is merged onto
 
     @property
     def config(self) -> Any:
@@ -71,13 +79,6 @@ class Job:
     def tensors(self) -> MergedTensors:
         """The merged model."""
         return MergedTensors(self.run, self.source, self.onto)
-
-    @property
-    def onto(self) -> Onto:
-        """What the adapter is merged onto."""
-        base = self.run.recipe.export.base
-        assert base != "auto", "refused before"
-        return base
 
     def shards(self, folder: Path) -> four_bit.ShardWriter:
         """Writes safetensors into a folder."""
@@ -106,12 +107,12 @@ class Format:
     write: Callable[[Job, Path], Written]
     check: Callable[[Job], None]  # refuses before any work
     lossy: bool = False  # rounds the merged weights further than 16 bit do: may be published by `export.max_kl`
-    adapter_only: bool = False
+    merges: bool = True  # else the adapter stays beside the base that it was trained on
     dtype: torch.dtype | None = None  # what weights are rounded to; None: coarser than 16 bit
 
     def onto(self, job: Job) -> Onto:
-        """What the updates stand on: for an adapter alone, the base that it was trained on."""
-        return "dequantized" if self.adapter_only else job.onto
+        """What the updates stand on."""
+        return job.onto if self.merges else "dequantized"
 
 
 def write_gguf(job: Job, folder: Path, file_type: str) -> Written:
@@ -126,7 +127,9 @@ def _write_gguf_file(job: Job, path: Path, file_type: str, vocabulary: Vocabular
     """The merged model in one file, read back and compared; what its users must know."""
     tensors = job.tensors()
     shapes = {tensors.parameter(stored): tensors.shape(stored) for stored in tensors.names}
-    writer = GgufModelWriter(path, job.config, vocabulary, shapes, file_type=file_type, name=job.name)
+    writer = GgufModelWriter(
+        path, job.config, vocabulary, shapes, file_type=file_type, name=job.name, licence=job.licence
+    )
     for stored, values in tensors:
         writer.add(tensors.parameter(stored), values.float())
     writer.close()
@@ -176,15 +179,31 @@ def write_plain_lora(job: Job, folder: Path) -> Written:
     if problems := vllm_problems(folder, names):
         raise ModelError(f"vLLM would refuse the adapter: {'; '.join(problems[:3])}", fix="export the merged model")
     job.tokenizer.save_pretrained(str(folder))
+    write_golden(folder, job.golden)
+    check_parity(folder, job.golden)
     quant, base = job.run.base_print.quant, job.run.recipe.model.path
-    # vLLM quantises so while it loads: NF4 with double quantisation.
-    in_four_bit = " --quantization bitsandbytes" if quant and quant["quant_type"] == "nf4" else ""
+    in_four_bit = " --quantization bitsandbytes" if quant and _as_vllm_quantises(quant) else ""
+    converted = base.endswith(GGUF_SUFFIX)  # training made safetensors of it, and vLLM takes no other
     served = (
-        f"vllm serve {shlex.quote(base)}{in_four_bit} --enable-lora --max-lora-rank {rank} "
+        f"vllm serve {'BASE' if converted else shlex.quote(base)}{in_four_bit} --enable-lora --max-lora-rank {rank} "
         f"--lora-modules {shlex.quote(job.name)}=THIS_FOLDER"
     )
+    notices = [_ON_ITS_BASE.format("base that is not quantised so")] if quant else []
+    if quant and not in_four_bit:
+        notices.append(
+            f"vLLM does not quantise a base as this one was: {quant['quant_type']}, double quantisation "
+            f"{'on' if quant['double_quant'] else 'off'}, blocks of {quant['block_size']}"
+        )
+    if converted:
+        notices.append(f"BASE stands for the model in safetensors that {base_name(base)} was made from")
     weights = AdapterWeights(TrainedWeights(BaseReader(job.run, job.source)), read_deltas(folder))
-    return Written(weights, (served,), (_ON_ITS_BASE.format("base that is not quantised so"),) if quant else ())
+    return Written(weights, (served,), tuple(notices))
+
+
+def _as_vllm_quantises(quant: Mapping[str, Any]) -> bool:
+    """Whether a base is what vLLM makes of 16-bit weights while it loads them: bitsandbytes' NF4 with its defaults."""
+    found = (quant["quant_type"], quant["double_quant"], quant["block_size"])
+    return found == (four_bit.NF4.quant_type, four_bit.NF4.double_quant, four_bit.NF4.block_size)
 
 
 def write_nf4(job: Job, folder: Path) -> Written:
@@ -238,6 +257,11 @@ def write_w4a16(job: Job, folder: Path) -> Written:
     rows = job.run.load_split("train", job.tokenizer, max_train_rows=CALIBRATION_ROWS)
     batches = list(eval_batches(rows.table, 1, job.tokenizer.pad_token_id))  # one row each: no padding is an input
     round_in_layers(model, CandidateWeights(tensors, torch.float32), batches, layers, tensors.base.device, take)
+    if unseen := sorted(f"{name}.weight" for name in layers if f"{name}.weight" in stored_names):
+        raise ModelError(
+            f"no calibration row reaches {unseen[0]} (of {len(unseen)}): it cannot be rounded for its inputs",
+            fix="use --format gguf-q8_0",
+        )
     for stored in stored_names.values():
         writer.add({stored: tensors.exact(stored, torch.bfloat16).to(torch.bfloat16)})
     quantisation = four_bit.w4a16_config(group_size, [head_name(model)])
@@ -285,7 +309,8 @@ def _write_modelfile(job: Job, folder: Path, model: str, vocabulary: Vocabulary)
             template, remark = None, f"left out: {' '.join(error.problems[0].what.split())}"
     generation = generation_settings(job.source, job.end_token_ids)
     ends = generation["eos_token_id"]
-    stops = [job.tokenizer.convert_ids_to_tokens(number) for number in (ends if isinstance(ends, list) else [ends])]
+    names = [job.tokenizer.convert_ids_to_tokens(number) for number in (ends if isinstance(ends, list) else [ends])]
+    stops = [name for name in names if name is not None]  # a config may name an end that the tokenizer has no token for
     context = int(hyperparameters(job.config)[0][f"{family_of(job.config).name}.context_length"])  # type: ignore[arg-type]
     content = modelfile(model, template, stops, generation, context, remark)
     (folder / MODELFILE).write_text(content, encoding="utf-8")
@@ -383,17 +408,18 @@ FORMATS: Mapping[str, Format] = {
         0,
         write_adapter_gguf,
         check_adapter_gguf,
-        adapter_only=True,
+        merges=False,
         dtype=torch.float32,
     ),
     "lora": Format(
-        "the adapter for PEFT and vLLM", 0, write_plain_lora, check_adapter, adapter_only=True, dtype=torch.float32
+        "the adapter for PEFT and vLLM", 0, write_plain_lora, check_adapter, merges=False, dtype=torch.float32
     ),
     "nf4-lora": Format(
         "NF4 base as trained, adapter beside it (transformers, vLLM)",
         8,
         write_nf4_lora,
         check_nf4_lora,
+        merges=False,
         dtype=torch.float32,
     ),
     "nf4": Format("bitsandbytes NF4 (transformers, vLLM)", 8, write_nf4, check_nf4, lossy=True),

@@ -132,6 +132,21 @@ def test_keys_that_make_no_sense_are_refused(override: str, words: str, run: Pat
     assert outcome.code == 2 and words in outcome.err and not folder.exists()
 
 
+def test_each_layer_is_held_to_the_trained_one_on_the_original_weights_too(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However much loss is accepted; a fault in one layer may even lower it."""
+    asked = ("export.base=original", "export.max_loss_rise=100", "export.verify_rows=2")
+    outcome, folder = export(run, "sound", *asked)
+    assert outcome.code == 0, outcome.err
+    assert 0 < figures(folder)["verification"]["worst_layer"]["ratio"] < 1.5
+    real = tensors_module.read_updates
+    monkeypatch.setattr(tensors_module, "read_updates", lambda path: faults()["half the scale of one"](real(path)))
+    outcome, folder = export(run, "spoiled", *asked)
+    assert outcome.code == 4 and not folder.exists()
+    assert f"on the original weights: {UP} by itself is off by" in outcome.err
+
+
 QUICK = ("one missing", "none")
 
 

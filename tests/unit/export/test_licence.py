@@ -73,4 +73,5 @@ def test_from_a_gguf_file(named: str | None, expected: str | None, tmp_path: Pat
     writer.close()
     folder = tmp_path / "converted"
     folder.mkdir()
-    assert find_licence(run(), Source(str(path), folder)).name == expected
+    found = find_licence(run(), Source(str(path), folder))
+    assert found.name == expected and str(tmp_path) not in found.found_in, "no folder of the machine that trained"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -16,6 +17,7 @@ from huggingface_hub import constants
 from qlora_train.errors import MachineError, RecipeError
 from qlora_train.export import push as push_module
 from qlora_train.export.push import check_push, push
+from tests.commandline import run_cli
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -23,14 +25,18 @@ class Hub(BaseHTTPRequestHandler):
 
     created: dict[str, Any]
     files: dict[str, bytes]
-    refuses = False
+    repositories: dict[str, dict[str, bytes]]  # files of each
+    messages: list[str]  # of the commits
+    refuses: str | None = None  # a repository that takes nothing; "" for all
+    role = "write"  # of the token
 
     def do_GET(self) -> None:
-        self._answer({"type": "user", "name": "me", "orgs": [{"name": "team"}]})
+        auth = {"type": "access_token", "accessToken": {"displayName": "mine", "role": self.role}}
+        self._answer({"type": "user", "name": "me", "orgs": [{"name": "team"}], "auth": auth})
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        if type(self).refuses:
+        if self.refuses == "" or (self.refuses and f"/{self.refuses}/" in self.path):
             self._answer({"error": "no room"}, 507)
         elif self.path == "/api/repos/create":
             type(self).created = json.loads(body)
@@ -41,9 +47,14 @@ class Hub(BaseHTTPRequestHandler):
                 {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]}
             )
         elif "/commit/" in self.path:
+            repository = self.path.removeprefix("/api/models/").partition("/commit/")[0]
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
-                    type(self).files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                    content = base64.b64decode(line["value"]["content"])
+                    type(self).files[line["value"]["path"]] = content
+                    self.repositories.setdefault(repository, {})[line["value"]["path"]] = content
+                else:
+                    self.messages.append(line["value"]["summary"])
             address = f"{self._address}/me/model/commit/abc"
             self._answer({"commitUrl": address, "commitOid": "abc", "hookOutput": "", "success": True})
         else:
@@ -68,7 +79,7 @@ class Hub(BaseHTTPRequestHandler):
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
     """A server, and a client that takes it for the hub."""
-    Hub.created, Hub.files, Hub.refuses = {}, {}, False
+    Hub.created, Hub.files, Hub.repositories, Hub.messages, Hub.refuses, Hub.role = {}, {}, {}, [], None, "write"
     server = HTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_address[1]}"
@@ -97,9 +108,53 @@ def test_an_owner_that_the_token_is_not_of_is_refused(hub: type[Hub]) -> None:
         check_push("other/model")
 
 
+def test_a_token_that_may_only_read_is_refused(hub: type[Hub]) -> None:
+    hub.role = "read"
+    with pytest.raises(MachineError, match="may read from the hub, and not write there"):
+        check_push("me/model")
+
+
+def test_a_format_is_uploaded_with_its_card(hub: type[Hub], made: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(made / "run", tmp_path / "run"))
+    outcome = run_cli("export", run, tmp_path / "q", "export.verify_rows=2", "--format", "gguf-q8_0", "--push", "me/q")
+    assert outcome.code == 0, outcome.err
+    assert "uploaded gguf-q8_0: http://" in outcome.out and "uploading gguf-q8_0 to me/q" in outcome.err
+    (found,) = hub.repositories.values()
+    assert found.keys() >= {"model-Q8_0.gguf", "Modelfile", "golden_prompts.json", "export.json", "README.md"}
+    assert found["model-Q8_0.gguf"] == (tmp_path / "q" / "model-Q8_0.gguf").read_bytes()
+    card = found["README.md"].decode()
+    assert "library_name: gguf" in card and "hf download" in card and "## Trained on" in card
+    assert "base_model:" not in card, "a folder is no model on the hub"
+    assert str(made) not in card and str(made) not in found["export.json"].decode(), "nor anyone's to know"
+    assert hub.messages == ["Upload gguf-q8_0"]
+
+
+def test_several_formats_have_a_repository_each(hub: type[Hub], made: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(made / "run", tmp_path / "run"))
+    asked = ("--format", "lora", "--format", "gguf-lora", "--push", "me/m")
+    hub.refuses = "me/m-lora"
+    outcome = run_cli("export", run, tmp_path / "out", "export.verify_rows=2", *asked)
+    assert outcome.code == 6 and f"hf upload me/m-lora {tmp_path / 'out' / 'lora'}" in outcome.err, outcome.err
+    assert hub.repositories.keys() == {"me/m-gguf-lora"}, "the other is uploaded all the same"
+    assert "adapter.gguf" in hub.repositories["me/m-gguf-lora"]
+    card = (tmp_path / "out" / "lora" / "README.md").read_text()
+    assert "library_name: peft" in card and "vllm serve model --quantization bitsandbytes" in card
+    assert str(made) not in card
+
+
+@pytest.mark.parametrize(("repository", "code"), [("model", 2), ("other/model", 6)])
+def test_what_stands_in_the_way_of_a_format_is_found_before_any_work(
+    repository: str, code: int, hub: type[Hub], made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qlora_train.export.formats.run.measure_trained", lambda *_: pytest.fail("that is work"))
+    outcome = run_cli("export", made / "run", tmp_path / "out", "--format", "lora", "--push", repository)
+    assert outcome.code == code and "--push" in outcome.err and not hub.repositories
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_hub_that_refuses_leaves_the_folder_and_says_how_to_go_on(hub: type[Hub], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    hub.refuses = True
+    hub.refuses = ""
     with pytest.raises(MachineError, match="the upload to me/model failed") as caught:
         push(tmp_path, "me/model")
     assert f"hf upload me/model {tmp_path}" in str(caught.value)

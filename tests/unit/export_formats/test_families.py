@@ -8,14 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from gguf import quants
+from gguf import GGUFReader, quants
 from transformers import GPT2Config, MistralConfig, Phi3Config
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from qlora_train.errors import ModelError
 from qlora_train.export.formats.families import Layout, extra_tensors, hyperparameters
 from qlora_train.export.formats.gguf_file import GgufModel, GgufModelWriter
 from qlora_train.export.formats.readers import GgufWeights
 from qlora_train.export.formats.vocabulary import read_vocabulary
+from qlora_train.export.licence import Licence
 from tests.unit.export_formats.served import CONFIGS, random_model, tokenizer_for
 
 
@@ -72,7 +74,20 @@ def test_a_parameter_without_a_place_is_named() -> None:
         ("gemma2", {"tie_word_embeddings": False}, "a head of its own"),
         ("gemma3", {"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30"),
         ("gemma3", {"layer_types": ["sliding_attention"] * 6}, "layer_types"),
+        ("gemma2", {"attention_bias": True}, "attention_bias"),
+        (
+            "gemma3",
+            {
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+                    "sliding_attention": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
+                }
+            },
+            "type linear within the windows",
+        ),
+        ("qwen3", {"attention_bias": True}, "attention_bias"),
         ("phi", {"qk_layernorm": True}, "qk_layernorm"),
+        ("phi", {"tie_word_embeddings": True}, "tied to the embedding"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act is gelu, not silu"),
         ("phi3", {"hidden_act": "gelu_new"}, "hidden_act is gelu_new, not silu"),
         ("gemma2", {"hidden_activation": "gelu"}, "hidden_activation is gelu, not gelu_pytorch_tanh"),
@@ -119,6 +134,56 @@ def test_a_window_that_llama_cpp_ignores_bounds_the_context(kind: Any) -> None:
     assert [value for key, value in keys.items() if key.endswith("context_length")] == [128] and "128" in notices[0]
     keys, notices = hyperparameters(kind(**{**sizes, "sliding_window": None}))
     assert [value for key, value in keys.items() if key.endswith("context_length")] == [512] and not notices
+
+
+def keys_of(config: Any) -> dict[str, Any]:
+    return {key.partition(".")[2]: value for key, value in hyperparameters(config)[0].items()}
+
+
+@pytest.mark.parametrize("factor", [None, 16.0])
+def test_long_rotary_positions_scale_the_scores_as_transformers_does(factor: float | None) -> None:
+    """By the config's own factor, else by the ratio of its two lengths."""
+    rope = CONFIGS["phi3-long"].rope_parameters | ({} if factor is None else {"factor": factor})
+    made = config("phi3-long", rope_parameters=rope)
+    _, expected = ROPE_INIT_FUNCTIONS["longrope"](made, torch.device("cpu"))
+    assert keys_of(made)["rope.scaling.attn_factor"] == pytest.approx(expected) != 1
+
+
+def test_yarn_without_a_factor_means_the_ratio_of_the_lengths() -> None:
+    rope = {**CONFIGS["qwen2-yarn"].rope_parameters, "factor": None}
+    assert keys_of(config("qwen2-yarn", rope_parameters=rope))["rope.scaling.factor"] == 4
+
+
+def test_the_context_ends_where_llama_cpp_would_compute_short_texts_otherwise() -> None:
+    keys, notices = keys_of(config("phi3-long")), hyperparameters(config("phi3-long"))[1]
+    assert keys["context_length"] == keys["rope.scaling.original_context_length"] == 256 and "-c" in notices[0]
+    assert keys_of(config("phi3"))["context_length"] == 512 and not hyperparameters(config("phi3"))[1]
+    both = hyperparameters(config("phi3-long", sliding_window=128))
+    assert [value for key, value in both[0].items() if key.endswith("phi3.context_length")] == [128]
+    assert len(both[1]) == 1, "within the window all texts are short"
+
+
+def test_only_phi_rotates_a_part_of_a_head() -> None:
+    """transformers' Llama rotates whole heads whatever its config says."""
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    assert keys_of(config("llama", rope_parameters=rope))["rope.dimension_count"] == 32
+    assert keys_of(config("phi"))["rope.dimension_count"] == 16
+
+
+def test_the_licence_travels_in_the_file(tmp_path: Path) -> None:
+    model, path = random_model("llama"), tmp_path / "m.gguf"
+    vocabulary = read_vocabulary(tokenizer_for("llama"), model.config.vocab_size, [])
+    shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
+    licence = Licence("other", "README.md", "my-own", "https://example.org/licence")
+    settings: dict[str, Any] = {"file_type": "F16", "name": "tiny", "licence": licence}
+    writer = GgufModelWriter(path, model.config, vocabulary, shapes, **settings)
+    for name, value in model.named_parameters():
+        writer.add(name, value)
+    writer.close()
+    fields = GGUFReader(path).fields
+    assert [fields[f"general.license{end}"].contents() for end in ("", ".name", ".link")] == [
+        "other", "my-own", "https://example.org/licence",
+    ]  # fmt: skip
 
 
 def test_rotary_factors_are_tensors() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,10 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from qlora_train.adapters.fold import Delta
 from qlora_train.errors import ModelError
+from qlora_train.export.formats import writers
 from qlora_train.export.formats.gguf_lora import read_gguf_lora, write_gguf_lora
 from qlora_train.export.formats.lora import folded, served_rank, vllm_problems, write_lora
 from qlora_train.model.skeleton import linear_layers
-from tests.unit.export_formats.served import random_model
+from tests.unit.export_formats.served import random_model, tokenizer_for
 
 TARGETS = ["q_proj", "k_proj", "up_proj"]
 
@@ -136,3 +138,35 @@ def test_gguf_tensors_of_no_weight_are_refused(adapter: Path, tmp_path: Path) ->
     write_gguf_lora(tmp_path / "adapter.gguf", adapter, config, "tiny")
     with pytest.raises(ModelError, match="10 tensors of no known weight"):
         read_gguf_lora(tmp_path / "adapter.gguf", config, ["model.layers.0.self_attn.q_proj.weight"])
+
+
+NF4 = {"quant_type": "nf4", "double_quant": True, "block_size": 64}
+
+
+@pytest.mark.parametrize(
+    ("path", "quant", "command", "notice"),
+    [
+        ("org/base", NF4, "vllm serve org/base --quantization bitsandbytes --enable-lora", "is not quantised so"),
+        ("org/base", None, "vllm serve org/base --enable-lora", ""),
+        ("org/base", {**NF4, "double_quant": False}, "vllm serve org/base --enable-lora", "double quantisation off"),
+        ("org/base", {**NF4, "block_size": 128}, "vllm serve org/base --enable-lora", "blocks of 128"),
+        ("package:some/tiny.gguf", None, "vllm serve BASE --enable-lora", "BASE stands for the model in safetensors"),
+    ],
+)
+def test_the_command_serves_the_base_that_was_trained_on(
+    path: str, quant: Any, command: str, notice: str, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writers, "BaseReader", lambda *_: None)
+    run = SimpleNamespace(
+        run_dir=SimpleNamespace(adapter=adapter),
+        recipe=SimpleNamespace(model=SimpleNamespace(path=path)),
+        base_print=SimpleNamespace(quant=quant),
+    )
+    linear_names, tokenizer = names(random_model("llama")), tokenizer_for("llama")
+    job: Any = SimpleNamespace(
+        run=run, source=None, tokenizer=tokenizer, golden=[], name="mine", linear_names=lambda: linear_names
+    )
+    (tmp_path / "plain").mkdir(exist_ok=True)
+    written = writers.write_plain_lora(job, tmp_path / "plain")
+    assert written.commands[0].startswith(command) and notice in " ".join(written.notices)
+    assert bool(written.notices) == bool(notice) and (tmp_path / "plain" / "golden_prompts.json").is_file()

@@ -158,6 +158,19 @@ def test_without_go_it_says_unverified(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "unverified" in check_template("", golden_prompts([], tokenizer), "").words
 
 
+def test_nothing_to_render_verifies_nothing() -> None:
+    assert ollama.Checked(0, 0, (), program=True).words.startswith("unverified: no golden prompt")
+
+
+def test_an_end_without_a_token_is_no_stop(tmp_path: Path) -> None:
+    tokenizer = tokenizer_with(None)
+    job, vocabulary = job_with(tokenizer, tmp_path), read_vocabulary(tokenizer, 512, [])
+    job.end_token_ids = [tokenizer.eos_token_id, 100_000]
+    writers._write_modelfile(job, tmp_path, "m.gguf", vocabulary)
+    stops = [line for line in (tmp_path / "Modelfile").read_text().splitlines() if line.startswith("PARAMETER stop")]
+    assert stops == ['PARAMETER stop "<|im_end|>"']
+
+
 @pytest.mark.parametrize(
     ("template", "words"),
     [

@@ -99,6 +99,9 @@ def test_ends_that_are_not_the_tokenizers_end_the_turn() -> None:
     turn = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert read(tokenizer, ends=(tokenizer.eos_token_id, turn)).special_ids["eot"] == turn
     assert "eot" not in read(tokenizer, ends=(tokenizer.eos_token_id,)).special_ids
+    ends = (tokenizer.eos_token_id, turn, *tokenizer.convert_tokens_to_ids(["<|im_start|>", "<unk>"]))
+    several = read(tokenizer, ends=ends)
+    assert several.special_ids["eom"] == ends[2] and "stop at '<unk>' too" in several.notices[-1]
 
 
 @pytest.mark.parametrize(
