@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import torch
 
-from qlora_train.errors import OutOfMemory, requested_bytes
+from qlora_train.errors import OutOfMemory, first_line, requested_bytes
 from qlora_train.memory.advice import advise
 from qlora_train.memory.plan import Plan
 from qlora_train.units import size_text
@@ -88,8 +88,3 @@ def release(error: BaseException, device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, or its kind where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from qlora_train.errors import ModelError
+from qlora_train.errors import ModelError, first_line
 from qlora_train.model.source import Source
 from qlora_train.quant.affine import INT4
 from qlora_train.quant.bnb import cpu_width_multiple
@@ -41,8 +41,8 @@ def load_config(source: Source) -> Any:
 
 def _reason(error: Exception) -> str:
     """The first line of what a library says, with its kind where that alone tells what it is."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if isinstance(error, ValueError | OSError) and lines else f"{type(error).__name__}: {error}"
+    said, kind = first_line(error), type(error).__name__
+    return said if isinstance(error, ValueError | OSError) or said == kind else f"{kind}: {said}"
 
 
 def load_tokenizer(source: Source, chat_template: Path | None = None) -> Any:

@@ -37,10 +37,10 @@ import torch
 from qlora_train.artifacts.files import write_json
 from qlora_train.artifacts.layout import RunDir
 from qlora_train.data.loader import MicroBatch
-from qlora_train.errors import UserError, is_out_of_memory
+from qlora_train.errors import UserError, first_line, is_out_of_memory
 from qlora_train.memory.advice import advise
 from qlora_train.memory.available import available_bytes
-from qlora_train.memory.exhausted import Exhaustion, Option, first_line, options_of, release
+from qlora_train.memory.exhausted import Exhaustion, Option, options_of, release
 from qlora_train.memory.meta import DeviceKind, device_kind
 from qlora_train.memory.plan import Plan, plan_training
 from qlora_train.memory.trace import ADAPTER, DEQUANTISED, GRADIENTS, OPTIMISER, QUANTISED, RESIDENT, UNQUANTISED
