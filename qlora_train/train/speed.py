@@ -18,6 +18,7 @@ from qlora_train.memory.estimate import asked_of, heaviest_batch, splits
 from qlora_train.memory.exhausted import release
 from qlora_train.memory.measure import measure_costs
 from qlora_train.memory.meta import device_kind
+from qlora_train.memory.moments import optimizer_of
 from qlora_train.model.causal import CausalModel
 from qlora_train.model.checkpointing import apply_checkpointing, decoder_layers
 from qlora_train.model.compiling import compile_layers, compiler_fault
@@ -74,7 +75,7 @@ def settle_memory(
     for size, count in _splits(recipe, bound):
         batch = heaviest_batch(with_split(recipe, size, count), longest, device_kind(device))
         try:
-            costs = measure_costs(causal, batch.to(device), section.optimizer)
+            costs = measure_costs(causal, batch.to(device), optimizer_of(recipe))
         except Exception as error:
             if not settled or not is_out_of_memory(error):
                 raise

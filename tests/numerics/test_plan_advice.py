@@ -65,6 +65,13 @@ def test_what_a_change_promises_is_what_it_gives(plan: Plan) -> None:
         assert change.fits == (change.peak_bytes <= limit)
 
 
+def test_moments_in_8_bit_are_advised_on_a_card_alone() -> None:
+    for device in ("cuda", "cpu"):
+        plan = plan_training(recipe_of(data={"seq_len": 256, "eval": ()}), CONFIG, device=device)
+        keys = {key for change in advise(plan, plan.device_bytes // 2) for key in change.overrides}
+        assert ("train.optimizer" in keys) == (device == "cuda"), keys
+
+
 def test_the_order_is_that_of_lost_speed(plan: Plan) -> None:
     changes = [c for c in advise(plan, int(0.7 * plan.device_bytes)) if not c.changes_training]
     costs = [change.slowdown_frac for change in changes]
