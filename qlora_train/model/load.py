@@ -171,7 +171,7 @@ def load_base(
     # Refuses, before hours of training, what could not be exported after them.
     stored = stored_tensors(source, skeleton)
     quantised = quant.quant_type != "none"
-    check_widths(skeleton, quant.quant_type, quant.block_size, device)
+    check_widths(skeleton, quant, device)
     kwargs: dict[str, Any] = {
         "dtype": compute_dtype,
         "device_map": {"": device},
