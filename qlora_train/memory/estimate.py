@@ -137,7 +137,8 @@ def evaluation_batch(recipe: Recipe, longest_row: int) -> MicroBatch:
 
 
 def asked_of(recipe: Recipe) -> Asked:
-    """What the recipe leaves open, and what it fixes."""
+    """What the recipe leaves open, and what it fixes. Whether `compile: auto` comes to compiling follows from the data,
+    which a plan does not know: it counts as off."""
     section = recipe.train
     resident = section.resident_layers if section.fused and recipe.quant.quant_type != "none" else 0
     return Asked(
