@@ -181,7 +181,7 @@ def test_a_quantised_base_goes_on_with_its_kind_of_device() -> None:
     refuse_other_device({"device": "cpu"}, RECIPE, "cpu", "step-000002")
     refuse_other_device({}, RECIPE, "cuda", "step-000002")
     refuse_other_device({"device": "cpu"}, plain, "cuda", "step-000002")
-    with pytest.raises(ResumeError, match="step-000002 was trained on cpu.*on cuda: .* Fix: set model.device: cpu;"):
+    with pytest.raises(ResumeError, match=r"step-000002 was trained on cpu.*on cuda: .* Fix: set model.device: cpu;"):
         refuse_other_device({"device": "cpu"}, RECIPE, "cuda", "step-000002")
-    with pytest.raises(ResumeError, match="trained on cuda.*on cpu: .* Fix: go on where there is a CUDA device"):
+    with pytest.raises(ResumeError, match=r"trained on cuda.*on cpu: .* Fix: go on where there is a CUDA device"):
         refuse_other_device({"device": "cuda"}, RECIPE, "cpu", "step-000002")
