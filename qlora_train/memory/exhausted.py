@@ -49,13 +49,18 @@ class Exhaustion:
         """Plain data for JSON."""
         return asdict(self)
 
-    def error(self, *, planned: int | None, saved: str, options: Sequence[Option]) -> OutOfMemory:
-        """The error to raise: what happened, what is saved, and the ways out, cheapest first."""
+    def error(
+        self, *, planned: int | None, saved: str, options: Sequence[Option], planned_for: str | None = None
+    ) -> OutOfMemory:
+        """The error to raise: what happened, what is saved, and the ways out, cheapest first.
+
+        `planned_for`: the stage that was planned, where it is not the phase.
+        """
         figures = [f"{size_text(self.held)} were in use"]
         if self.requested is not None:
             figures.append(f"{size_text(self.requested)} more were asked for")
         if planned is not None:
-            figures.append(f"{size_text(planned)} were planned for {self.phase}")
+            figures.append(f"{size_text(planned)} were planned for {planned_for or self.phase}")
         what = f"out of memory {self.where}: {', '.join(figures)}\n  {self.message}\n  {saved}"
         fix = "change what costs least first:" if options else "free memory, or use a machine with more"
         return OutOfMemory(
