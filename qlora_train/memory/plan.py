@@ -41,7 +41,9 @@ class Plan:
     costs: Costs  # the parts that predict_peak adds up, measured on one layer
     terms: tuple[Term, ...]
     peak_op: str  # the operator at which the peak of training is reached
-    formula_bytes: int | None  # the closed formula's value of the traced part of training; None: it knows no such model
+    # The closed formula's value of the traced part of training. None: it knows no such model, or the trace is of a
+    # batch of a run's own data, where the formula takes the heaviest.
+    formula_bytes: int | None
     notes: tuple[str, ...] = field(default=())  # assumptions, in words
 
     def of(self, stage: Stage) -> tuple[Term, ...]:
@@ -142,7 +144,7 @@ def plan_training(
         costs=costs,
         terms=tuple(terms),
         peak_op=trace.peak_op,
-        formula_bytes=formula_peak(request, choice),
+        formula_bytes=None if training_batch else formula_peak(request, choice),
         notes=tuple(_notes(request, choice, costs)),
     )
 
