@@ -96,6 +96,7 @@ def goes_on_as_if_nothing_had_been(straight: Path, run: Path, resumed_from: int)
 def test_at_a_step(straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         fail_at(patch, "qlora_train.train.step.accumulate_gradients", 4, on_host)
+        patch.setattr("qlora_train.memory.advice.LEAST_R", 2)  # a smaller r is advised, which needs a new run
         outcome = disturbed(straight, tmp_path / "run")
     advised(outcome, "at step 4 of 5", "were asked for", "go on from step 3 with --resume", "train.checkpointing=full")
     assert "goes on with --resume" in outcome.err and "needs a new run" in outcome.err
