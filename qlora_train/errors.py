@@ -134,6 +134,15 @@ class Interrupted(BaseException):
         super().__init__(saved)
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line, or its kind where it says nothing.
+
+    >>> first_line(ValueError("no such file\\nand more")), first_line(ValueError())
+    ('no such file', 'ValueError')
+    """
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception of torch, numpy, Arrow or the system says that memory, of a card or the host, ran out.
 

@@ -145,7 +145,8 @@ class _OwnForward:
 
 
 def _few_on_cuda(x: Tensor) -> bool:
-    """Generation on a card: bitsandbytes multiplies so few tokens with the codes themselves, dequantising nothing."""
+    """Generation on a card: the base layer's own forward, for bitsandbytes multiplies so few tokens with the codes
+    themselves, dequantising nothing. INT4 weights are dequantised there, too."""
     return x.is_cuda and not torch.is_grad_enabled() and x.numel() <= FEW_TOKENS * x.shape[-1]
 
 

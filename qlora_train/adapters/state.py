@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qlora_train.adapters.config import AdapterConfig, build_config
 from qlora_train.adapters.forms.base import EMBEDDING, FACTORS
-from qlora_train.errors import ModelError
+from qlora_train.errors import ModelError, first_line
 from qlora_train.names import TOKEN_ROWS
 from qlora_train.recipe.methods import METHODS, Method
 from qlora_train.recipe.schema import AdapterSection
@@ -130,7 +130,7 @@ def _method(path: Path, data: dict[str, Any]) -> tuple[Method, dict[str, Any]]:
         # Values pass the recipe's own checks: a path is a text in JSON, a list stands for a tuple.
         section = AdapterSection.model_validate_json(json.dumps({"method": row.name, **options}))
     except ValueError as error:
-        raise ModelError(f"{path}: {_TAG}: {str(error).splitlines()[0]}", fix="restore the file") from None
+        raise ModelError(f"{path}: {_TAG}: {first_line(error)}", fix="restore the file") from None
     values = section.model_dump(mode="json")
     return row, {key: values[key] for key in row.options}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-from qlora_train.errors import MachineError, RecipeError
+from qlora_train.errors import MachineError, RecipeError, first_line
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
@@ -25,7 +25,7 @@ def check_push(repository: str) -> None:
         known = HfApi().whoami()
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
         raise MachineError(
-            f"--push: the hub does not take the token: {_reason(error)}", fix="run `hf auth login`"
+            f"--push: the hub does not take the token: {first_line(error)}", fix="run `hf auth login`"
         ) from error
     access = (known.get("auth") or {}).get("accessToken") or {}
     if access.get("role") == "read":
@@ -55,11 +55,7 @@ def push(folder: Path, repository: str, what: str = "the merged model") -> str:
         done = api.upload_folder(repo_id=repository, folder_path=folder, commit_message=f"Upload {what}")
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
         raise MachineError(
-            f"the upload to {repository} failed: {_reason(error)}",
+            f"the upload to {repository} failed: {first_line(error)}",
             fix=f"the export is whole in {folder}; try again with: hf upload {repository} {folder}",
         ) from error
     return str(done.commit_url)
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

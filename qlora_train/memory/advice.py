@@ -10,9 +10,11 @@ from typing import Any
 from qlora_train.memory.budget import RERUN_FRAC, Choice
 from qlora_train.memory.estimate import Request, Shallow, settle, unseen_bytes
 from qlora_train.memory.formula import formula_costs, training_bytes
+from qlora_train.memory.moments import WHOLE_WEIGHTS, optimizer_of
 from qlora_train.memory.plan import Plan
 from qlora_train.memory.trace import StepStyle
 from qlora_train.model.checkpointing import Checkpointing
+from qlora_train.quant.moments import EIGHT_BIT
 
 RECOMPUTE_FRAC = 1 / 3
 """Of a step's time, what computing all layers again adds: one forward pass besides a forward and a backward one."""
@@ -171,9 +173,9 @@ class _Scale:
         if not recipe.data.holds_out:
             return 0
         sizes = (recipe.eval.batch_size, request.row_tokens, recipe.adapter.r, resident_layers)
-        key = f"{sizes} {recipe.train.optimizer}"
+        key = f"{sizes} {optimizer_of(recipe)}"
         if key not in self._evaluations:
-            style = StepStyle(optimizer=recipe.train.optimizer, resident_layers=resident_layers)
+            style = StepStyle(optimizer=optimizer_of(recipe), resident_layers=resident_layers)
             found = Shallow(request).evaluation(style)
             unseen = unseen_bytes(request.device, found.held_bytes, found.peak_bytes)
             self._evaluations[key] = found.peak_bytes + unseen
@@ -193,16 +195,13 @@ def _options(plan: Plan, scale: _Scale, limit_bytes: int) -> Iterator[_Option]:
         request_0 = request.with_changes(train={"resident_layers": 0})
         cost = share * DEQUANTISATION_TOKENS / (DEQUANTISATION_TOKENS + _tokens(request))
         yield _Option({"train.resident_layers": "0"}, "no layer stays dense", cost, request_0)
-    if "8bit" not in recipe.train.optimizer:
-        name = f"{recipe.train.optimizer}_8bit"
-        smaller = request.with_changes(train={"optimizer": name})
-        yield _Option({"train.optimizer": name}, "8-bit moments", 0.01, smaller)
+    yield from _smaller_moments(request)
     yield from _smaller_micro_batch(plan, scale, limit_bytes)
     yield from _more_checkpointing(plan)
     if recipe.adapter.r > LEAST_R:
-        rank = max(LEAST_R, recipe.adapter.r // 2)
-        smaller = request.with_changes(adapter={"r": rank})
-        yield _Option({"adapter.r": str(rank)}, "a smaller adapter", 0.0, smaller, changes_training=True)
+        r = max(LEAST_R, recipe.adapter.r // 2)
+        smaller = request.with_changes(adapter={"r": r})
+        yield _Option({"adapter.r": str(r)}, "a smaller adapter", 0.0, smaller, changes_training=True)
     seq_len = recipe.data.seq_len
     while seq_len > LEAST_SEQ_LEN:
         seq_len //= 2
@@ -211,6 +210,19 @@ def _options(plan: Plan, scale: _Scale, limit_bytes: int) -> Iterator[_Option]:
             why = "shorter packs; longer rows go as data.overlong says"
             yield _Option({"data.seq_len": str(seq_len)}, why, 0.0, smaller, changes_training=True)
             break
+
+
+def _smaller_moments(request: Request) -> Iterator[_Option]:
+    """Moments of A and B in place of whole weights', or in 8 bit: on a card alone, for on a CPU those take 15 times as
+    long (quant/moments.py)."""
+    if optimizer_of(request.recipe) == WHOLE_WEIGHTS:
+        factor = request.with_changes(adapter={"rule_mode": "factor"})
+        why = "moments of A and B, not of whole weights"
+        yield _Option({"adapter.rule_mode": "factor"}, why, 0.0, factor, changes_training=True)
+    elif request.device == "cuda" and request.recipe.train.optimizer not in EIGHT_BIT:
+        name = f"{request.recipe.train.optimizer}_8bit"
+        smaller = request.with_changes(train={"optimizer": name})
+        yield _Option({"train.optimizer": name}, "8-bit moments", 0.01, smaller)
 
 
 def _tokens(request: Request) -> int:
@@ -318,7 +330,7 @@ def _combined(plan: Plan, scale: _Scale, limit_bytes: int) -> Change | None:
     peak = scale.peak_of(request)
     while peak > limit_bytes and (smaller := _leaner(request)) is not None:
         request, key, value = smaller
-        overrides[key] = str(value)
+        overrides[key] = value
         changed, peak = True, scale.peak_of(request)
     if len(overrides) < 2:
         return None
@@ -338,15 +350,17 @@ def _merged(request: Request, option: _Option, before: Request) -> Request:
     return request.with_changes(**changes)
 
 
-def _leaner(request: Request) -> tuple[Request, str, int] | None:
-    """Half the packs' length, down to a limit; then half the rank."""
+def _leaner(request: Request) -> tuple[Request, str, str] | None:
+    """Moments of A and B alone; then half the packs' length, down to a limit; then half of r."""
     recipe = request.recipe
+    if optimizer_of(recipe) == WHOLE_WEIGHTS:
+        return request.with_changes(adapter={"rule_mode": "factor"}), "adapter.rule_mode", "factor"
     if recipe.data.seq_len > LEAST_SEQ_LEN:
         value = max(LEAST_SEQ_LEN, recipe.data.seq_len // 2)
-        return request.with_changes(data={"seq_len": value}), "data.seq_len", value
+        return request.with_changes(data={"seq_len": value}), "data.seq_len", str(value)
     if recipe.adapter.r > LEAST_R:
         value = max(LEAST_R, recipe.adapter.r // 2)
-        return request.with_changes(adapter={"r": value}), "adapter.r", value
+        return request.with_changes(adapter={"r": value}), "adapter.r", str(value)
     return None
 
 

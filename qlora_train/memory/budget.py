@@ -74,19 +74,24 @@ def predict_peak(costs: Costs, policy: Checkpointing, resident_layers: int = 0) 
     )
 
 
+def check_resident(resident_layers: int | Literal["auto"], num_layers: int) -> None:
+    """RecipeError for more resident layers than the model has."""
+    if resident_layers != "auto" and resident_layers > num_layers:
+        raise RecipeError(
+            f"train.resident_layers is {resident_layers}, but the model has {num_layers} layers",
+            fix="set it to auto, or to no more than the model has",
+        )
+
+
 def choose(costs: Costs, limit_bytes: int, asked: Asked) -> Choice:
     """The fastest settings within the limit, of those that `asked` leaves open.
 
     Memory goes first into computing less again, which costs up to a third of a step, then into resident layers, which
     save dequantisations, a tenth. More memory never gives a slower choice: tests/unit/memory/test_budget.py. Raises
-    RecipeError for more resident layers than the model has.
+    RecipeError as `check_resident` does.
     """
     fixed = asked.resident_layers
-    if fixed != "auto" and fixed > costs.num_layers:
-        raise RecipeError(
-            f"train.resident_layers is {fixed}, but the model has {costs.num_layers} layers",
-            fix="set it to auto, or to no more than the model has",
-        )
+    check_resident(fixed, costs.num_layers)
     least = 0 if fixed == "auto" else fixed
     peaks = {policy: predict_peak(costs, policy, least) for policy in _candidates(costs, asked)}
     fitting = [policy for policy, peak in peaks.items() if peak <= limit_bytes]

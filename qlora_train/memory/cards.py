@@ -31,6 +31,7 @@ class Card:
 CARDS = (
     Card("RTX 3070", 8, 7.66),
     Card("RTX 4060", 8, 7.62),
+    Card("RTX 4060 Ti 8GB", 8, 7.62),
     Card("RTX 3080", 10, 9.64),
     Card("RTX 2080 Ti", 11, 10.75, is_recent=False),
     Card("RTX 3060", 12, 11.74),

@@ -28,6 +28,7 @@ from qlora_train.memory.constants import (
 from qlora_train.memory.live import CUDA_BLOCK_BYTES, LiveBytes
 from qlora_train.memory.measure import measure_costs, trial_batch
 from qlora_train.memory.meta import DeviceKind, MetaModel, ModelStyle, as_on, base_tensors, build_meta_model
+from qlora_train.memory.moments import optimizer_of, state_bytes
 from qlora_train.memory.trace import (
     ADAPTER,
     CHECKPOINTS,
@@ -48,7 +49,6 @@ from qlora_train.model.attention import PLAIN_TOKENS
 from qlora_train.model.checkpointing import Checkpointing, decoder_layers
 from qlora_train.model.load import resolve_attention
 from qlora_train.quant.bnb import linear4bit_modules
-from qlora_train.quant.moments import optimizer_state_bytes
 from qlora_train.recipe.schema import Recipe, TrainSection
 
 _SHALLOW = 3  # layers; all are taken to be alike
@@ -137,7 +137,8 @@ def evaluation_batch(recipe: Recipe, longest_row: int) -> MicroBatch:
 
 
 def asked_of(recipe: Recipe) -> Asked:
-    """What the recipe leaves open, and what it fixes."""
+    """What the recipe leaves open, and what it fixes. Whether `compile: auto` comes to compiling follows from the data,
+    which a plan does not know: it counts as off."""
     section = recipe.train
     resident = section.resident_layers if section.fused and recipe.quant.quant_type != "none" else 0
     return Asked(
@@ -234,7 +235,7 @@ class Shallow:
     def costs(self) -> Costs:
         """Costs of training on the heaviest micro-batch."""
         recipe = self.request.recipe
-        costs = costs_on_meta(self.model, self.request.batch(), recipe.train.optimizer)
+        costs = costs_on_meta(self.model, self.request.batch(), optimizer_of(recipe))
         layer = self._layer(rounded=False)
         gradient_bytes = sum(p.nbytes for p in self._trainable) + self.num_more * layer[ADAPTER]
         return replace(
@@ -297,7 +298,7 @@ class Shallow:
             return hidden.float().sum()
 
         trace_step(self.model, batch, StepStyle(loss=watched))
-        costs = costs_on_meta(self.model, batch, self.request.recipe.train.optimizer)
+        costs = costs_on_meta(self.model, batch, optimizer_of(self.request.recipe))
         return len(grown) > 2 and grown[-1] - grown[-2] >= costs.saved_bytes["none"]
 
     def evaluation(self, style: StepStyle) -> StepTrace:
@@ -346,9 +347,7 @@ class Shallow:
         """The optimiser's state, of the whole model or of these layers."""
         shapes = [p.shape for p in self._trainable]
         layer = [p.shape for p in decoder_layers(self.model.model)[-1].parameters() if p.requires_grad]
-        return optimizer_state_bytes(
-            self.request.recipe.train.optimizer, shapes + layer * (self.num_more if whole else 0)
-        )
+        return state_bytes(optimizer_of(self.request.recipe), shapes + layer * (self.num_more if whole else 0))
 
     def _rounded(self, num_bytes: int) -> int:
         block = CUDA_BLOCK_BYTES if self.request.device == "cuda" else 1
@@ -377,7 +376,7 @@ def step_style(recipe: Recipe, choice: Choice) -> StepStyle:
     return StepStyle(
         checkpointing=choice.checkpointing,
         resident_layers=choice.resident_layers,
-        optimizer=recipe.train.optimizer,
+        optimizer=optimizer_of(recipe),
         accumulates=recipe.train.grad_accum_steps > 1,
     )
 

@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import torch
 
-from qlora_train.errors import OutOfMemory, requested_bytes
+from qlora_train.errors import OutOfMemory, first_line, requested_bytes
 from qlora_train.memory.advice import advise
 from qlora_train.memory.plan import Plan
 from qlora_train.units import size_text
@@ -49,13 +49,18 @@ class Exhaustion:
         """Plain data for JSON."""
         return asdict(self)
 
-    def error(self, *, planned: int | None, saved: str, options: Sequence[Option]) -> OutOfMemory:
-        """The error to raise: what happened, what is saved, and the ways out, cheapest first."""
+    def error(
+        self, *, planned: int | None, saved: str, options: Sequence[Option], planned_for: str | None = None
+    ) -> OutOfMemory:
+        """The error to raise: what happened, what is saved, and the ways out, cheapest first.
+
+        `planned_for`: the stage that was planned, where it is not the phase.
+        """
         figures = [f"{size_text(self.held)} were in use"]
         if self.requested is not None:
             figures.append(f"{size_text(self.requested)} more were asked for")
         if planned is not None:
-            figures.append(f"{size_text(planned)} were planned for {self.phase}")
+            figures.append(f"{size_text(planned)} were planned for {planned_for or self.phase}")
         what = f"out of memory {self.where}: {', '.join(figures)}\n  {self.message}\n  {saved}"
         fix = "change what costs least first:" if options else "free memory, or use a machine with more"
         return OutOfMemory(
@@ -88,8 +93,3 @@ def release(error: BaseException, device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, or its kind where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,7 +1,7 @@
 """The closed formula of a step's memory on a card: the trace's cross-check, by arithmetic alone.
 
 Legend: M tokens of a micro-batch, H hidden size, I intermediate size, A query heads x head dim, K key heads x head dim,
-V vocabulary, r rank. Activations are in bfloat16 (2 bytes), norms work in float32 (4 bytes).
+V vocabulary, r that of the adapter. Activations are in bfloat16 (2 bytes), norms work in float32 (4 bytes).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from qlora_train.loss import chunk_tokens
 from qlora_train.memory.budget import Choice, Costs, predict_peak
 from qlora_train.memory.estimate import Request, estimate, heaviest_batch, settle, unseen_bytes
-from qlora_train.quant.moments import optimizer_state_bytes
+from qlora_train.memory.moments import optimizer_of, state_bytes
 from qlora_train.recipe.methods import METHODS
 from qlora_train.recipe.schema import QuantSection
 
@@ -70,18 +70,18 @@ def formula_costs(request: Request) -> Costs | None:
     in_half = recipe.model.compute_dtype == "bfloat16"
     if config.model_type not in KNOWN or request.device != "cuda" or not (plain and in_half):
         return None
-    sizes, num_layers, rank = _Sizes.of(config), config.num_hidden_layers, recipe.adapter.r
+    sizes, num_layers, r = _Sizes.of(config), config.num_hidden_layers, recipe.adapter.r
     batch = heaviest_batch(recipe, request.row_tokens, request.device)
     tokens, supervised = batch.labels.numel(), batch.num_supervised_tokens
     h, i, a, k = sizes.hidden, sizes.intermediate, sizes.queries, sizes.keys
     out = 2 * tokens * h
     norms = 2 * (6 * h + 4) + (4 * (a + k) + 4 * (a + k) // (a // sizes.heads) if sizes.has_head_norms else 0)
-    kept = tokens * (norms + 4 * a + 4 * k + 4 * sizes.heads + 8 * i + 14 * rank) + out
+    kept = tokens * (norms + 4 * a + 4 * k + 4 * sizes.heads + 8 * i + 14 * r) + out
     product = tokens * (2 * a + 4 * sizes.heads)
     loss_sizes = chunk_tokens(config.vocab_size, torch.bfloat16, torch.device(request.device))
     chunk, block = (min(size, supervised) for size in loss_sizes)
     head = 4 * supervised * h + config.vocab_size * (2 * chunk + 8 * block) + tokens * (4 * h + 4)
-    shapes = [shape for o, n in sizes.linear_shapes for shape in ((rank, n), (o, rank))] * num_layers
+    shapes = [shape for o, n in sizes.linear_shapes for shape in ((r, n), (o, r))] * num_layers
     adapter = 4 * sum(math.prod(shape) for shape in shapes)
     dense = sum(o * n for o, n in sizes.linear_shapes)
     is_quantised = recipe.quant.quant_type != "none"
@@ -90,7 +90,7 @@ def formula_costs(request: Request) -> Costs | None:
     unquantised = 2 * (vocabularies * config.vocab_size * h + (2 * num_layers + 1) * h)
     return Costs(
         model_bytes=int(base) + unquantised + adapter + (2 * dense if is_quantised else 0),
-        optimizer_bytes=adapter + optimizer_state_bytes(recipe.train.optimizer, shapes),
+        optimizer_bytes=adapter + state_bytes(optimizer_of(recipe), shapes),
         head_bytes=max(head, 22 * tokens * h),
         num_layers=num_layers,
         saved_bytes={"none": kept, "selective": out + product, "full": out},

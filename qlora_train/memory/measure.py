@@ -18,10 +18,10 @@ from qlora_train.data.loader import MicroBatch, collate
 from qlora_train.data.table import TokenRow, TokenTable
 from qlora_train.memory.budget import Costs
 from qlora_train.memory.live import LiveBytes, only_new_garbage
+from qlora_train.memory.moments import state_bytes
 from qlora_train.model.causal import CausalModel
 from qlora_train.model.checkpointing import Kind, decoder_layers, set_layer
 from qlora_train.quant.bnb import linear4bit_modules, packed_tensors
-from qlora_train.quant.moments import optimizer_state_bytes
 
 KINDS: tuple[Kind, ...] = ("none", "selective", "full")
 
@@ -50,6 +50,8 @@ def measure_costs(
 ) -> Costs:
     """Costs of training on micro-batches like this one, which lies on the model's device; all layers as the first.
 
+    `optimizer`: as memory/moments.py names it.
+
     Runs the first layer four times, its backward pass twice, and the loss head once. Leaves gradients, generators and
     settings as they were. What a kernel allocates inside itself is not seen, unless `tracker` knows of it: leave room.
     """
@@ -71,8 +73,7 @@ def measure_costs(
     saved, peak = runs["none"]
     return Costs(
         model_bytes=model_bytes(causal.model) + shared_bytes,
-        optimizer_bytes=sum(p.nbytes for p in trainable)
-        + optimizer_state_bytes(optimizer, [p.shape for p in trainable]),
+        optimizer_bytes=sum(p.nbytes for p in trainable) + state_bytes(optimizer, [p.shape for p in trainable]),
         head_bytes=head_bytes,
         num_layers=len(layers),
         saved_bytes={kind: run[0] for kind, run in runs.items()},

@@ -16,7 +16,7 @@ from transformers import masking_utils
 from qlora_train.adapters.attach import attach_adapter
 from qlora_train.adapters.tokens import NewTokens
 from qlora_train.data.loader import MicroBatch
-from qlora_train.errors import ModelError
+from qlora_train.errors import ModelError, first_line
 from qlora_train.loss import chunk_tokens
 from qlora_train.model.attention import ATTENTION_NAME, check_packable, run_packed
 from qlora_train.model.causal import CausalModel
@@ -171,7 +171,7 @@ def as_on(device: DeviceKind) -> Iterator[None]:
         if "meta" not in str(error).lower():
             raise
         raise ModelError(
-            f"this model cannot be traced without its weights: {str(error).strip().splitlines()[0][:200]}",
+            f"this model cannot be traced without its weights: {first_line(error)[:200]}",
             fix="train without a plan: the rehearsal before step 1 measures what it takes",
         ) from error
     finally:

@@ -23,6 +23,7 @@ from qlora_train.memory.estimate import (
 )
 from qlora_train.memory.formula import formula_peak
 from qlora_train.memory.meta import DeviceKind, build_meta_model
+from qlora_train.memory.moments import WHOLE_WEIGHTS, optimizer_of
 from qlora_train.memory.stages import disk_terms, export_terms, generation_terms
 from qlora_train.memory.terms import ON_DEVICE, STAGES, How, Stage, Term
 from qlora_train.memory.trace import CAUSES, StepStyle, StepTrace, trace_step
@@ -40,7 +41,9 @@ class Plan:
     costs: Costs  # the parts that predict_peak adds up, measured on one layer
     terms: tuple[Term, ...]
     peak_op: str  # the operator at which the peak of training is reached
-    formula_bytes: int | None  # the closed formula's value of the traced part of training; None: it knows no such model
+    # The closed formula's value of the traced part of training. None: it knows no such model, or the trace is of a
+    # batch of a run's own data, where the formula takes the heaviest.
+    formula_bytes: int | None
     notes: tuple[str, ...] = field(default=())  # assumptions, in words
 
     def of(self, stage: Stage) -> tuple[Term, ...]:
@@ -141,7 +144,7 @@ def plan_training(
         costs=costs,
         terms=tuple(terms),
         peak_op=trace.peak_op,
-        formula_bytes=formula_peak(request, choice),
+        formula_bytes=None if training_batch else formula_peak(request, choice),
         notes=tuple(_notes(request, choice, costs)),
     )
 
@@ -182,6 +185,8 @@ def _notes(request: Request, choice: Choice, costs: Costs) -> Iterator[str]:
     if choice.checkpointing.offload:
         waiting = choice.checkpointing.num_recomputed(costs.num_layers) * costs.saved_bytes["full"]
         yield f"{waiting / 2**30:.2f} GiB of pinned host memory hold the checkpoints of activations"
+    if optimizer_of(recipe) == WHOLE_WEIGHTS:
+        yield "adapter.rule_mode is full: moments are those of whole weights, 8 bytes for each that has an adapter"
     if recipe.train.optimizer.startswith("paged_"):
         yield "paged moments count as on the card; they may, but need not, leave it"
     if recipe.train.compile is True:

@@ -22,8 +22,8 @@ from qlora_train.adapters.layers import keep_dense, lora_layers
 from qlora_train.data.loader import MicroBatch
 from qlora_train.memory.live import CUDA_BLOCK_BYTES, INSIDE, LiveBytes, Workspaces, only_new_garbage
 from qlora_train.memory.meta import MetaModel, as_on, base_tensors
+from qlora_train.memory.moments import state_bytes
 from qlora_train.model.checkpointing import Checkpointing, decoder_layers, set_layer
-from qlora_train.quant.moments import optimizer_state_bytes
 
 QUANTISED = "quantised base"
 UNQUANTISED = "unquantised parts"
@@ -82,7 +82,7 @@ class StepStyle:
     checkpointing: Checkpointing = field(default_factory=Checkpointing)
     recompute_last: bool = False  # our last layer never is; that of other trainers is
     resident_layers: int = 0
-    optimizer: str = "adamw"
+    optimizer: str = "adamw"  # as memory/moments.py names it
     accumulates: bool = True  # gradients of an earlier micro-step are there from the start
     loss: Loss = our_loss
     optimizer_bytes: Callable[[int], int] | None = None  # of a parameter with so many elements; None: by name
@@ -186,7 +186,7 @@ def _hold_optimiser(live: LiveBytes, style: StepStyle, trainable: list[nn.Parame
     if style.optimizer_bytes is not None:
         num_bytes = sum(style.optimizer_bytes(p.numel()) for p in trainable)
     else:
-        num_bytes = optimizer_state_bytes(style.optimizer, [p.shape for p in trainable])
+        num_bytes = state_bytes(style.optimizer, [p.shape for p in trainable])
     live.keep(torch.empty(num_bytes, dtype=torch.uint8, device="meta"), OPTIMISER)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from qlora_train.errors import ModelError
+from qlora_train.errors import ModelError, first_line
 from qlora_train.model.gguf_header import check_gguf
 from qlora_train.model.skeleton import load_config
 from qlora_train.model.source import GGUF_SUFFIX, PACKAGE_PREFIX, Source, package_file, resolve_source
@@ -27,8 +27,9 @@ def load_architecture(section: ModelSection) -> Any:
         try:
             return AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
         except Exception as error:  # transformers computes with what stands there: anything may come of it
-            reason = str(error).strip().splitlines()[0][:200]
-            raise ModelError(f"{section.path} holds no usable config: {reason}", fix="use another file") from error
+            raise ModelError(
+                f"{section.path} holds no usable config: {first_line(error)[:200]}", fix="use another file"
+            ) from error
     if path.suffix == ".json" and path.is_file():
         read_json_object(path)
         return load_config(Source(section.path, path))

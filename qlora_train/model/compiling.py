@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AttentionInterface
 
 from qlora_train.adapters.layers import adapted_layers
+from qlora_train.errors import first_line
 from qlora_train.model.attention import ATTENTION_NAME, row_attention
 from qlora_train.model.checkpointing import decoder_layers
 
@@ -44,5 +45,5 @@ def compiler_fault(device: torch.device) -> str | None:
     try:
         torch.compile(lambda x: torch.sin(x) * 2 + 1)(torch.ones(64, device=device))
     except Exception as error:  # whatever the compiler and its tools may raise
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        return f"{type(error).__name__}: {first_line(error)}"
     return None

@@ -15,7 +15,7 @@ from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
-from qlora_train.errors import MachineError, ModelError, OutOfMemory, is_out_of_memory
+from qlora_train.errors import MachineError, ModelError, OutOfMemory, first_line, is_out_of_memory
 from qlora_train.model.attention import ATTENTION_NAME
 from qlora_train.model.files import StoredTensor, count_not_finite, stored_tensors
 from qlora_train.model.skeleton import build_skeleton, check_widths, head_name, load_config
@@ -57,6 +57,33 @@ class _Quantize(ConversionOps):
         return made
 
 
+class _Stopped(BaseException):
+    """Quantising a weight failed, by `error`.
+
+    No Exception: transformers 5.23 writes every Exception of a step into its log, goes on with the next weight, and
+    ends with a RuntimeError that names no cause (core_model_loading.log_conversion_errors).
+    """
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+        super().__init__(str(error))
+
+
+class _Stopping(ConversionOps):
+    """A quantising step whose first error ends the loading."""
+
+    def __init__(self, op: ConversionOps) -> None:
+        self._op = op
+
+    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """What the step makes."""
+        try:
+            made: dict[str, Any] = self._op.convert(input_dict, *args, **kwargs)
+        except Exception as error:
+            raise _Stopped(error) from None
+        return made
+
+
 @register_quantizer(_QUANT_METHOD)
 class _Bnb4bitQuantizer(Bnb4BitHfQuantizer):
     """transformers' 4-bit quantiser; sets the block size on the layers before their weights arrive."""
@@ -69,9 +96,9 @@ class _Bnb4bitQuantizer(Bnb4BitHfQuantizer):
             if settings.quant_type == INT4:
                 module.__class__ = AffineLinear  # the same attributes, and a forward pass of its own
 
-    def get_quantize_ops(self) -> Any:
+    def get_quantize_ops(self) -> ConversionOps:
         settings = self.quantization_config.settings
-        return _Quantize(settings) if settings.quant_type == INT4 else super().get_quantize_ops()
+        return _Stopping(_Quantize(settings) if settings.quant_type == INT4 else super().get_quantize_ops())
 
 
 @dataclass(frozen=True)
@@ -107,9 +134,8 @@ def memory_advice(first: str = "") -> Iterator[None]:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        message = (str(error).strip() or type(error).__name__).splitlines()[0]
         plan = "`qlora-train plan RECIPE` shows what takes the memory, and what to change"
-        raise OutOfMemory(f"out of memory: {message}", fix=f"{first}; {plan}" if first else plan) from error
+        raise OutOfMemory(f"out of memory: {first_line(error)}", fix=f"{first}; {plan}" if first else plan) from error
 
 
 def resolve_attention(name: str, device: torch.device, seq_len: int, batching: str) -> str:
@@ -137,14 +163,15 @@ def load_base(
 ) -> Base:
     """Load, freeze and fingerprint the base. Each weight is quantised as it arrives: no 16-bit copy exists.
 
-    Raises ModelError when weights are missing, unreadable, not finite, or were not quantised as the recipe says.
+    Raises ModelError when weights are missing, unreadable, not finite, or were not quantised as the recipe says, and
+    MachineError when bitsandbytes cannot quantise on the device.
     """
     config = load_config(source)
     skeleton = build_skeleton(config)
     # Refuses, before hours of training, what could not be exported after them.
     stored = stored_tensors(source, skeleton)
     quantised = quant.quant_type != "none"
-    check_widths(skeleton, quant.quant_type, quant.block_size, device)
+    check_widths(skeleton, quant, device)
     kwargs: dict[str, Any] = {
         "dtype": compute_dtype,
         "device_map": {"": device},
@@ -165,6 +192,8 @@ def load_base(
         model, info = AutoModelForCausalLM.from_pretrained(
             str(source.folder), config=config, use_safetensors=True, output_loading_info=True, **kwargs
         )
+    except _Stopped as stopped:
+        raise _quantiser_fault(stopped.error, device) from None
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if is_out_of_memory(error):
             raise
@@ -180,6 +209,16 @@ def load_base(
     _check_finite(source, base_print, stored, compute_dtype)
     _check_print(source, base_print, quant if quantised else None, embeddings)
     return Base(model, source, base_print, device, compute_dtype)
+
+
+def _quantiser_fault(error: Exception, device: torch.device) -> Exception:
+    """The error to raise for one of the quantiser: its own where memory ran out, or where it is our bug."""
+    if is_out_of_memory(error) or not isinstance(error, RuntimeError):
+        return error
+    return MachineError(
+        f"bitsandbytes cannot quantise on {device.type}: {first_line(error)}",
+        fix="`python -m bitsandbytes` says what its build lacks",
+    )
 
 
 def _check_complete(source: Source, info: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from qlora_train.errors import ModelError
+from qlora_train.errors import ModelError, first_line
 from qlora_train.model.source import Source
 from qlora_train.quant.affine import INT4
 from qlora_train.quant.bnb import cpu_width_multiple
+from qlora_train.recipe.schema import QuantSection, Recipe
 
 MAX_LAYERS = 1000  # a skeleton is built of as many; the largest models have 130
 
@@ -41,8 +42,8 @@ def load_config(source: Source) -> Any:
 
 def _reason(error: Exception) -> str:
     """The first line of what a library says, with its kind where that alone tells what it is."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if isinstance(error, ValueError | OSError) and lines else f"{type(error).__name__}: {error}"
+    said, kind = first_line(error), type(error).__name__
+    return said if isinstance(error, ValueError | OSError) or said == kind else f"{kind}: {said}"
 
 
 def load_tokenizer(source: Source, chat_template: Path | None = None) -> Any:
@@ -125,7 +126,7 @@ def check_targets(model: nn.Module, target_modules: str | tuple[str, ...]) -> No
     if isinstance(target_modules, str):
         return
     counts = name_table(layers)
-    missing = [t for t in target_modules if not any(n == t or n.endswith("." + t) for n in layers)]
+    missing = [t for t in target_modules if not any(_is_named(n, (t,)) for n in layers)]
     if missing:
         near = {t: get_close_matches(t, counts, n=2, cutoff=0.5) or list(counts) for t in missing}
         what = "; ".join(f"{t!r} matches no linear layer, nearest: {', '.join(near[t])}" for t in missing)
@@ -136,7 +137,7 @@ def check_targets(model: nn.Module, target_modules: str | tuple[str, ...]) -> No
 def check_skipped(model: nn.Module, skip_modules: tuple[str, ...]) -> None:
     """Every entry of quant.skip_modules must name a linear layer, as its last name or as a whole."""
     layers = linear_layers(model)
-    unknown = [s for s in skip_modules if not any(n == s or n.endswith("." + s) for n in layers)]
+    unknown = [s for s in skip_modules if not any(_is_named(n, (s,)) for n in layers)]
     if unknown:
         raise ModelError(
             f"quant.skip_modules: {', '.join(map(repr, unknown))} matches no linear layer",
@@ -144,36 +145,56 @@ def check_skipped(model: nn.Module, skip_modules: tuple[str, ...]) -> None:
         )
 
 
-def check_widths(model: nn.Module, quant_type: str, block_size: int, device: torch.device) -> None:
-    """Refuse the input widths that a quantiser cannot do on this device; see `check_shapes`."""
-    if quant_type == INT4:
-        _check_groups(model, block_size)
-    elif quant_type != "none" and device.type == "cpu":
-        check_shapes(model, block_size)
+def check_widths(model: nn.Module, quant: QuantSection, device: torch.device) -> None:
+    """Refuse the input widths that a quantiser cannot do on this device, of the layers that it is to quantise."""
+    if quant.quant_type == INT4:
+        _check_groups(model, quant)
+    elif quant.quant_type != "none" and device.type == "cpu":
+        _check_blocks(model, quant)
 
 
-def check_shapes(model: nn.Module, block_size: int) -> None:
+def _check_blocks(model: nn.Module, quant: QuantSection) -> None:
     """Refuse the widths that bitsandbytes dequantises wrongly on a CPU."""
-    multiple = cpu_width_multiple(block_size)
-    bad = {n: m.in_features for n, m in linear_layers(model).items() if m.in_features % multiple}
-    if bad:
+    multiple, least = cpu_width_multiple(quant.block_size), cpu_width_multiple(1)
+    if bad := _other_widths(model, multiple, quant.skip_modules):
+        smaller = multiple > least and not _other_widths(model, least, quant.skip_modules)
+        block = f"use quant.block_size: {least}, " if smaller else ""
         name, width = next(iter(bad.items()))
         raise ModelError(
             f"{len(bad)} linear layers have an input width that is no multiple of {multiple}, "
             f"first {name} with {width}: bitsandbytes gives wrong values for them on a CPU",
-            fix="train on a CUDA device, use quant.block_size: 64, or set quant.quant_type: none",
+            fix=f"train on a CUDA device, {block}{_left_out(bad, quant)}, or set quant.quant_type: none",
         )
 
 
-def _check_groups(model: nn.Module, group_size: int) -> None:
-    bad = {n: m.in_features for n, m in linear_layers(model).items() if m.in_features % group_size}
-    if bad:
+def _check_groups(model: nn.Module, quant: QuantSection) -> None:
+    if bad := _other_widths(model, quant.block_size, quant.skip_modules):
         name, width = next(iter(bad.items()))
         raise ModelError(
-            f"{len(bad)} linear layers have an input width that is no multiple of quant.block_size, {group_size}, "
-            f"first {name} with {width}: INT4 groups the inputs of a row",
-            fix="use a smaller quant.block_size, or quant.quant_type: nf4",
+            f"{len(bad)} linear layers have an input width that is no multiple of quant.block_size, "
+            f"{quant.block_size}, first {name} with {width}: INT4 groups the inputs of a row",
+            fix=f"use a smaller quant.block_size, {_left_out(bad, quant)}, or set quant.quant_type: nf4",
         )
+
+
+def _other_widths(model: nn.Module, multiple: int, skipped: tuple[str, ...]) -> dict[str, int]:
+    """Input widths that are no multiple, by layer; without the layers that quant.skip_modules leaves in 16 bit."""
+    return {
+        name: layer.in_features
+        for name, layer in linear_layers(model).items()
+        if layer.in_features % multiple and not _is_named(name, skipped)
+    }
+
+
+def _left_out(bad: Iterable[str], quant: QuantSection) -> str:
+    """How to leave these layers in 16 bit, besides those that are already."""
+    names = dict.fromkeys((*quant.skip_modules, *name_table(bad)))
+    return f"leave them in 16 bit (quant.skip_modules: [{', '.join(names)}])"
+
+
+def _is_named(layer: str, names: Iterable[str]) -> bool:
+    """Whether a layer is among names that are given as its last name, its last few, or all of it."""
+    return any(layer == name or layer.endswith("." + name) for name in names)
 
 
 def check_vocabulary(largest_id: int, config: Any, num_added_rows: int = 0) -> None:
@@ -194,3 +215,38 @@ def check_length(config: Any, seq_len: int) -> None:
             f"data.seq_len is {seq_len:,}, the model knows {limit:,} positions",
             fix=f"set data.seq_len to {limit} or less",
         )
+
+
+def check_rotary(config: Any, recipe: Recipe) -> None:
+    """Refuse rows that would change the rotary embedding of the rows beside them.
+
+    LongRoPE (Phi-3 and Phi-3.5 with 128k, Phi-4-mini) has two tables of frequencies. transformers 5.23 takes one for
+    the whole micro-batch, by the largest position in it (modeling_rope_utils.longrope_frequency_update): one row of
+    more than `original_max_position_embeddings` tokens gives all rows the table for long ones. Longer rows are right
+    where each is alone in its batch, in training as in evaluation. Dynamic NTK changes its table past
+    `max_position_embeddings` only, where `check_length` ends.
+    """
+    limits = [
+        part["original_max_position_embeddings"]
+        for part in _rotary_parts(getattr(config.get_text_config(), "rope_parameters", None))
+        if part.get("rope_type") == "longrope"
+    ]
+    train = recipe.train
+    packs = train.micro_batch_size * (train.grad_accum_steps if train.memory == "auto" else 1)
+    alone = (
+        recipe.data.batching != "packed" and packs == 1 and (not recipe.data.holds_out or recipe.eval.batch_size == 1)
+    )
+    if limits and recipe.data.seq_len > min(limits) and not alone:
+        raise ModelError(
+            f"data.seq_len is {recipe.data.seq_len:,}, and this model has another rotary embedding for rows of more "
+            f"than {min(limits):,} tokens (longrope): one such row would change all rows beside it",
+            fix=f"set data.seq_len to {min(limits)} or less; or let each row be alone, with data.batching: shuffled, "
+            "train.micro_batch_size: 1, train.memory: fixed and eval.batch_size: 1",
+        )
+
+
+def _rotary_parts(parameters: Any) -> Iterator[dict[str, Any]]:
+    """The settings of rotary embeddings: one for all layers, or one for each type of layer."""
+    if isinstance(parameters, dict):
+        yield parameters
+        yield from (part for part in parameters.values() if isinstance(part, dict))

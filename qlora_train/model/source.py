@@ -15,7 +15,7 @@ from transformers import CONFIG_MAPPING
 from qlora_train.artifacts.files import sha256_file
 from qlora_train.artifacts.folders import manifest_faults, publishing
 from qlora_train.artifacts.layout import cache_dir
-from qlora_train.errors import MachineError, ModelError, SecurityError
+from qlora_train.errors import MachineError, ModelError, SecurityError, first_line
 from qlora_train.model.gguf_header import check_gguf
 from qlora_train.recipe.schema import ModelSection
 from qlora_train.untrusted import read_json_object, refuse_links_out, refuse_pickles
@@ -33,6 +33,8 @@ TOKENIZER_FILES = (
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 # What says under which licence a model is given: exports carry it on.
 LICENCE_PATTERNS = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "COPYING*")
+# A second copy of the weights, under the names of the model's makers (Mistral, Llama): tens of gigabytes for nothing.
+HUB_IGNORED = ["consolidated*.safetensors", "*/*.safetensors"]
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README.md", *LICENCE_PATTERNS]
 
 
@@ -140,11 +142,14 @@ def _from_hub(section: ModelSection, weights: bool) -> Source:
 
     patterns = HUB_PATTERNS if weights else [p for p in HUB_PATTERNS if p != "*.safetensors"]
     try:
-        folder = Path(snapshot_download(section.path, revision=section.revision, allow_patterns=patterns))
+        folder = Path(
+            snapshot_download(
+                section.path, revision=section.revision, allow_patterns=patterns, ignore_patterns=HUB_IGNORED
+            )
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise ModelError(
-            f"model.path: {section.path!r} is no file or folder, and the hub did not give it: {reason}",
+            f"model.path: {section.path!r} is no file or folder, and the hub did not give it: {first_line(error)}",
             fix="write ./NAME for a folder beside the recipe, or correct the id; private models need `hf auth login`",
         ) from error
     return Source(section.path, folder, commit=folder.name)

@@ -1,7 +1,8 @@
 """May this recipe, on this machine, go on from that checkpoint? What has changed, what of it is refused, what is kept.
 
 Three levels, documented in the README. D2: nothing has changed that could change a bit. D1: the same rows in the same
-order, rounded otherwise (threads, versions, processor, device, another split of a step). D0: a fork, which
+order, rounded otherwise (threads, versions, processor, another split of a step; the device where the base is not
+quantised). D0: a fork, which
 `--allow-change KEY` asked for.
 """
 
@@ -162,6 +163,22 @@ def _flat(environment: Mapping[str, Any]) -> dict[str, Any]:
     named = {key: environment[key] for key in (*_ENVIRONMENT, "code_sha256") if key in environment}
     parts = ((part, name, value) for part in _MAPPINGS for name, value in environment.get(part, {}).items())
     return named | {f"{part}.{name}": value for part, name, value in parts}
+
+
+def refuse_other_device(stored: Mapping[str, Any], recipe: Recipe, device: str, checkpoint: str) -> None:
+    """ResumeError where a run on a quantised base went on with another kind of device, before anything is loaded.
+
+    `device`: "cpu" or "cuda". Statistics of blocks, which the base's fingerprint holds, are rounded otherwise there.
+    """
+    then = stored.get("device", device)
+    if then == device or recipe.quant.quant_type == "none":
+        return
+    way = "set model.device: cpu" if then == "cpu" else "go on where there is a CUDA device, with model.device: auto"
+    raise ResumeError(
+        f"{checkpoint} was trained on {then}, and this would go on on {device}: the base is quantised to other values "
+        "there, so that the adapter would get another base",
+        fix=f"{way}; or start a new run in another run.dir",
+    )
 
 
 def is_another_split(changes: Sequence[Change], stored: Mapping[str, Any], recipe: Recipe) -> bool:

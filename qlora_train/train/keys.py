@@ -40,7 +40,8 @@ NEUTRAL_KEYS = frozenset(
         "train.on_disk_full",
     }
 )
-# The same rows in the same order, rounded otherwise: accepted with a warning, and recorded.
+# The same rows in the same order, rounded otherwise: accepted with a warning, and recorded. The device only where the
+# base is not quantised: fork.refuse_other_device.
 ROUNDING_KEYS = frozenset({"run.threads", "model.device", "train.compile"})
 # Sections whose every other key decides what is trained: refused on resume.
 TRAJECTORY_SECTIONS = frozenset({"quant", "adapter"})

@@ -37,10 +37,10 @@ import torch
 from qlora_train.artifacts.files import write_json
 from qlora_train.artifacts.layout import RunDir
 from qlora_train.data.loader import MicroBatch
-from qlora_train.errors import UserError, is_out_of_memory
+from qlora_train.errors import UserError, first_line, is_out_of_memory
 from qlora_train.memory.advice import advise
 from qlora_train.memory.available import available_bytes
-from qlora_train.memory.exhausted import Exhaustion, Option, first_line, options_of, release
+from qlora_train.memory.exhausted import Exhaustion, Option, options_of, release
 from qlora_train.memory.meta import DeviceKind, device_kind
 from qlora_train.memory.plan import Plan, plan_training
 from qlora_train.memory.trace import ADAPTER, DEQUANTISED, GRADIENTS, OPTIMISER, QUANTISED, RESIDENT, UNQUANTISED
@@ -126,6 +126,7 @@ class MemoryLog:
         self.plan: Plan | None = None
         self.phases: dict[str, Phase] = {name: Phase(name) for name in PHASES}
         self.rehearsal: dict[str, Any] | None = None
+        self.holds_back = False  # nothing is written: a run that goes on is as it was until nothing can refuse
         self._recipe, self._run_dir, self._reporter = recipe, run_dir, reporter
         self._limit_bytes = available_bytes(self.device)
         self._settings: dict[str, Any] | None = None
@@ -224,7 +225,9 @@ class MemoryLog:
         return [f"memory of {'; '.join(lines)}; {size_text(self.peak_bytes)} {kind} at most"] if lines else []
 
     def write(self) -> None:
-        """Write `memory.json` as it is known by now."""
+        """Write `memory.json` as it is known by now, unless it is held back."""
+        if self.holds_back:
+            return
         highest = peak_memory_bytes(torch.device("cpu"))
         content = {
             "device": self.device.type,
@@ -270,17 +273,18 @@ class MemoryLog:
         """The error to raise, with the plan's advice where there is a plan or one can be made now."""
         assert self._exhaustion is not None
         phase, planned = self._exhaustion.phase, None
+        stage: PhaseName = self.phases[phase].name if phase in self.phases else "training"
         options = _evaluation_options(self._recipe, phase)
         try:
             if self.plan is None:
                 self.plan = self._planned(load_config(resolve_source(self._recipe.model, weights=False)))
             if self.plan is not None:
-                planned = self.plan.peak_bytes("training" if phase not in self.phases else self.phases[phase].name)
+                planned = self.plan.peak_bytes(stage)
                 options += options_of(self.plan, self._exhaustion, self._limit_bytes, is_neutral)
             self.write()
         except Exception as error:  # there is little memory to work out advice in
             self._reporter.warning(f"no more advice could be worked out: {first_line(error)}")
-        return self._exhaustion.error(planned=planned, saved=saved, options=options)
+        return self._exhaustion.error(planned=planned, planned_for=stage, saved=saved, options=options)
 
 
 def _grouped(causes: Iterable[tuple[str, int]]) -> dict[str, int]:

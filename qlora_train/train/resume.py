@@ -10,6 +10,7 @@ from qlora_train.artifacts.files import explained
 from qlora_train.artifacts.layout import RunDir
 from qlora_train.data.account import build_loader
 from qlora_train.errors import RecipeError
+from qlora_train.model.load import resolve_device
 from qlora_train.recipe.load import LoadedRecipe
 from qlora_train.train.checkpoint import (
     Checkpoint,
@@ -32,6 +33,7 @@ from qlora_train.train.fork import (
     record_resume,
     refuse_changes,
     refuse_idle,
+    refuse_other_device,
 )
 from qlora_train.train.job import Job
 from qlora_train.train.keys import trajectory_keys
@@ -63,11 +65,14 @@ def find_resume(
 ) -> Resume:
     """The newest checkpoint that verifies, or that of `from_step`, before anything is loaded.
 
-    ResumeError where there is none; OtherRun where a key that decides what is trained has changed unallowed.
+    ResumeError where there is none, or where it quantised its base on another kind of device; OtherRun where a key that
+    decides what is trained has changed unallowed.
     """
     checkpoint, warnings = find_checkpoint(run_dir, from_step)
     for warning in warnings:
         reporter.warning(warning)
+    device, name = resolve_device(loaded.recipe.model.device).type, checkpoint.folder.name
+    refuse_other_device(stored_environment(checkpoint), loaded.recipe, device, name)
     binding = stored_binding(checkpoint)
     return allow_resume(checkpoint, binding, loaded, allowed)
 

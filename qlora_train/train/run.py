@@ -94,6 +94,7 @@ def run_training(
         sweep(run_dir.root)
         sweep(run_dir.checkpoints)
         going_on = find_resume(run_dir, loaded, from_step, allowed, reporter) if resume else None
+        memory.holds_back = resume
         prepared = _load(recipe, run_dir, reporter, going_on, memory)
         stop.check()
         scorer = Scorer(prepared, memory)
@@ -108,6 +109,7 @@ def run_training(
         if going_on is not None:  # only now: whatever refused or stopped so far has left the run as it was
             go_on(going_on, prepared, state, changes, scorer)
             write_facts(loaded, prepared, checked)
+        memory.holds_back = False
         memory.write()
         scorer.keep_base(base)
         validation = _train(loaded, prepared, state, base, stop, memory, resumed=resume)

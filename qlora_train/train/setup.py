@@ -22,6 +22,7 @@ from qlora_train.data.loader import Loader
 from qlora_train.data.split import Split, load_splits
 from qlora_train.environment import environment
 from qlora_train.errors import Collected, MachineError
+from qlora_train.memory.budget import check_resident
 from qlora_train.model.attention import check_packable
 from qlora_train.model.binding import check_start, refuse_other_start
 from qlora_train.model.causal import CausalModel
@@ -30,6 +31,7 @@ from qlora_train.model.load import Base, add_end_tokens, load_recipe_base, resol
 from qlora_train.model.skeleton import (
     build_skeleton,
     check_length,
+    check_rotary,
     check_skipped,
     check_targets,
     check_vocabulary,
@@ -57,7 +59,7 @@ from qlora_train.train.keys import trajectory_keys
 from qlora_train.train.last_steps import LastSteps
 from qlora_train.train.metrics import Reporter
 from qlora_train.train.optim import build_optimizer, check_optimizer
-from qlora_train.train.speed import Speed, settle_memory, settle_speed, with_split
+from qlora_train.train.speed import Speed, check_machine, settle_compiling, settle_memory, settle_speed, with_split
 from qlora_train.train.state import Binding
 
 Check = Callable[[], None]  # raises a UserError
@@ -139,12 +141,15 @@ def load_inputs(recipe: Recipe, *, weights: bool = True) -> Inputs:
 
 
 def _model_checks(recipe: Recipe, config: Any, skeleton: torch.nn.Module, device: torch.device) -> list[Check]:
-    """What of the recipe must suit the model; no check depends on another."""
+    """What of the recipe must suit the model and the machine; no check depends on another."""
     quant = recipe.quant
     checks: list[Check] = [
+        partial(check_machine, recipe.train, device),
+        partial(check_resident, recipe.train.resident_layers, config.get_text_config().num_hidden_layers),
         partial(check_length, config, recipe.data.seq_len),
+        partial(check_rotary, config, recipe),
         partial(check_targets, skeleton, recipe.adapter.target_modules),
-        partial(check_widths, skeleton, quant.quant_type, quant.block_size, device),
+        partial(check_widths, skeleton, quant, device),
     ]
     if recipe.data.batching == "packed":
         checks.append(partial(check_packable, skeleton))
@@ -201,12 +206,13 @@ def prepare(
         if notice := refuse_other_start(folder, base.print):
             reporter.warning(notice)
     facts = adapter_facts(model)
-    memory = settle_memory(recipe, causal, inputs.train.table, bound)
+    compiling = settle_compiling(recipe, _loader(recipe, inputs), facts.num_frozen, base.device)
+    memory = settle_memory(recipe, causal, inputs.train.table, bound, compiled=compiling.on)
     recipe = with_split(recipe, memory.micro_batch_size, memory.grad_accum_steps)
     loader = _loader(recipe, inputs)
     if notice := steps_notice(recipe.train, loader):
         reporter.message(notice)
-    speed = settle_speed(recipe, memory, causal, loader, facts.num_frozen, base.compute_dtype)
+    speed = settle_speed(memory, compiling, causal, base.compute_dtype)
     if is_new:
         batches = probe_batches(recipe, loader)
         start_from_gradients(causal, recipe.adapter, batches, reporter.message, seed=recipe.run.seed)

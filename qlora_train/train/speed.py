@@ -1,9 +1,9 @@
-"""How a run uses the machine: what its memory is spent on, and whether its layers are compiled."""
+"""How a run uses the machine: whether its layers are compiled, and what its memory is spent on."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from qlora_train.memory.estimate import asked_of, heaviest_batch, splits
 from qlora_train.memory.exhausted import release
 from qlora_train.memory.measure import measure_costs
 from qlora_train.memory.meta import device_kind
+from qlora_train.memory.moments import optimizer_of
 from qlora_train.model.causal import CausalModel
 from qlora_train.model.checkpointing import apply_checkpointing, decoder_layers
 from qlora_train.model.compiling import compile_layers, compiler_fault
@@ -41,12 +42,24 @@ class MemoryUse:
 
 
 @dataclass(frozen=True)
+class Compiling:
+    """Whether layers are compiled, and why."""
+
+    on: bool
+    why: str
+
+
+@dataclass(frozen=True)
 class Speed:
-    """What was settled, and why."""
+    """What was settled."""
 
     memory: MemoryUse
-    compiled: bool
-    why: str  # of compiled
+    compiling: Compiling
+
+    @property
+    def compiled(self) -> bool:
+        """Whether layers are."""
+        return self.compiling.on
 
     def summary(self) -> list[str]:
         """Lines for people."""
@@ -56,25 +69,62 @@ class Speed:
             f"{choice.checkpointing.num_recomputed(memory.num_layers)} of {memory.num_layers} layers are computed "
             f"again ({choice.checkpointing.kind}), {choice.resident_layers} stay dense: "
             f"{choice.peak_bytes / 2**30:.2f} GiB expected for training, {memory.limit_bytes / 2**30:.2f} GiB to use",
-            f"torch.compile: {'on' if self.compiled else 'off'}, {self.why}",
+            f"torch.compile: {'on' if self.compiled else 'off'}, {self.compiling.why}",
         ]
 
 
+def check_machine(section: TrainSection, device: torch.device) -> None:
+    """MachineError where the recipe asks for what this machine lacks. Some seconds where train.compile is true."""
+    if section.offload_checkpoints and device.type != "cuda":
+        raise MachineError(
+            f"train.offload_checkpoints keeps memory of a card free, and the device is {device}",
+            fix="remove offload_checkpoints, or train on a CUDA device",
+        )
+    if section.compile is True and (fault := compiler_fault(device)):
+        raise MachineError(f"train.compile: {fault}", fix="install a C++ compiler, or set train.compile: false")
+
+
+def settle_compiling(recipe: Recipe, loader: Loader, num_weights: int, device: torch.device) -> Compiling:
+    """Whether compiling pays. A function of the recipe, the data, and what the machine is, and of no free memory: a
+    resumed run settles alike. It saves more than selective checkpointing, which rules it out, does over full."""
+    asked = recipe.train.compile
+    if asked is False:
+        return Compiling(False, "as train.compile says")
+    if recipe.train.checkpointing == "selective":
+        return Compiling(False, "selective checkpointing watches single operators")
+    num_steps = loader.num_steps(recipe.train.epochs, recipe.train.max_steps)
+    packs = num_steps * recipe.train.grad_accum_steps * recipe.train.micro_batch_size
+    work, least = 6.0 * num_weights * packs * recipe.data.seq_len, LEAST_WORK[device.type]
+    if asked == "auto" and work < least:
+        return Compiling(False, f"the run ({work:.1e} operations) is too short to win back the minute of compiling")
+    if asked == "auto" and (fault := compiler_fault(device)):
+        return Compiling(False, f"this machine cannot: {fault}")
+    return Compiling(
+        True, "as train.compile says" if asked is True else f"{work:.1e} floating-point operations pay for it"
+    )
+
+
 def settle_memory(
-    recipe: Recipe, causal: CausalModel, table: TokenTable, bound: Mapping[str, Any] | None = None
+    recipe: Recipe,
+    causal: CausalModel,
+    table: TokenTable,
+    bound: Mapping[str, Any] | None = None,
+    *,
+    compiled: bool = False,
 ) -> MemoryUse:
     """Choose what the recipe leaves open, for the heaviest micro-batch that the data can give.
 
-    `bound`: the recipe's keys as a checkpoint to go on from has them; a step is split as it was there. Nothing of the
-    model is changed. Costs a few passes through one layer and the loss head for each split that is tried.
+    `compiled`: layers will be, as `settle_compiling` says. `bound`: the recipe's keys as a checkpoint to go on from has
+    them; a step is split as it was there. Nothing of the model is changed. Costs a few passes through one layer and the
+    loss head for each split that is tried.
     """
     section, device = recipe.train, causal.head.weight_VH.device
-    asked, longest = asked_of(recipe), int(table.lengths.max())
+    asked, longest = replace(asked_of(recipe), compiled=compiled), int(table.lengths.max())
     settled: list[MemoryUse] = []
     for size, count in _splits(recipe, bound):
         batch = heaviest_batch(with_split(recipe, size, count), longest, device_kind(device))
         try:
-            costs = measure_costs(causal, batch.to(device), section.optimizer)
+            costs = measure_costs(causal, batch.to(device), optimizer_of(recipe))
         except Exception as error:
             if not settled or not is_out_of_memory(error):
                 raise
@@ -121,36 +171,11 @@ def _is_slower(choice: Choice, other: Choice, costs: Costs) -> bool:
     return rerun_layers(costs, choice.checkpointing) > rerun_layers(costs, other.checkpointing)
 
 
-def settle_speed(
-    recipe: Recipe, memory: MemoryUse, causal: CausalModel, loader: Loader, num_weights: int, dtype: torch.dtype
-) -> Speed:
-    """Put the settled use of memory in place, and compile the layers where that pays."""
-    choice, device = memory.choice, causal.head.weight_VH.device
-    compiled, why = _settle_compile(recipe, choice, loader, num_weights, device)
-    if compiled:
+def settle_speed(memory: MemoryUse, compiling: Compiling, causal: CausalModel, dtype: torch.dtype) -> Speed:
+    """Put in place what was settled."""
+    if compiling.on:
         compile_layers(causal.model)
-    apply_checkpointing(causal.model, choice.checkpointing)
-    for layer in decoder_layers(causal.model)[: choice.resident_layers]:
+    apply_checkpointing(causal.model, memory.choice.checkpointing)
+    for layer in decoder_layers(causal.model)[: memory.choice.resident_layers]:
         keep_dense(layer, dtype)
-    return Speed(memory, compiled, why)
-
-
-def _settle_compile(
-    recipe: Recipe, choice: Choice, loader: Loader, num_weights: int, device: torch.device
-) -> tuple[bool, str]:
-    """A function of the recipe, the data and the kind of device, so that a resumed run settles alike."""
-    asked = recipe.train.compile
-    if asked is False:
-        return False, "as train.compile says"
-    num_steps = loader.num_steps(recipe.train.epochs, recipe.train.max_steps)
-    packs = num_steps * recipe.train.grad_accum_steps * recipe.train.micro_batch_size
-    work, least = 6.0 * num_weights * packs * recipe.data.seq_len, LEAST_WORK[device.type]
-    if asked == "auto" and work < least:
-        return False, f"the run ({work:.1e} operations) is too short to win back the minute of compiling"
-    if choice.checkpointing.kind == "selective":
-        return False, "selective checkpointing watches single operators"
-    if fault := compiler_fault(device):
-        if asked is True:
-            raise MachineError(f"train.compile: {fault}", fix="install a C++ compiler, or set train.compile: false")
-        return False, f"this machine cannot: {fault}"
-    return True, "as train.compile says" if asked is True else f"{work:.1e} floating-point operations pay for it"
+    return Speed(memory, compiling)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from pkgutil import resolve_name
@@ -95,6 +96,7 @@ def goes_on_as_if_nothing_had_been(straight: Path, run: Path, resumed_from: int)
 def test_at_a_step(straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         fail_at(patch, "qlora_train.train.step.accumulate_gradients", 4, on_host)
+        patch.setattr("qlora_train.memory.advice.LEAST_R", 2)  # a smaller r is advised, which needs a new run
         outcome = disturbed(straight, tmp_path / "run")
     advised(outcome, "at step 4 of 5", "were asked for", "go on from step 3 with --resume", "train.checkpointing=full")
     assert "goes on with --resume" in outcome.err and "needs a new run" in outcome.err
@@ -168,6 +170,21 @@ def test_in_the_rehearsal(
     outcome = disturbed(straight, tmp_path / "run")
     advised(outcome, f"in the rehearsal before step 1: {what}")
     assert not (tmp_path / "run" / "ckpt").exists() and not list((tmp_path / "run").rglob(".tmp-*"))
+
+
+def test_a_resume_that_runs_out_before_it_goes_on_leaves_the_run_as_it_was(
+    straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(straight / "run", run)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with monkeypatch.context() as patch:
+        fail_at(patch, "qlora_train.train.rehearsal.write_checkpoint", 1)  # after what the rehearsal measures
+        outcome = disturbed(straight, run, "--resume", "--from", "2")
+    advised(outcome, "in the rehearsal before step 3: a checkpoint", "were planned for training")
+    after = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert {path.name for path in after if after[path] != before.get(path)} <= {"errors.jsonl", ".lock"}
+    assert before.keys() <= after.keys()
 
 
 @pytest.mark.parametrize("fail", [on_host, from_system], ids=["host", "system"])

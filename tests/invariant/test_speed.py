@@ -34,7 +34,7 @@ def test_plenty_of_memory_recomputes_nothing_and_keeps_all_layers_dense(tmp_path
     found = prepared(tmp_path, tiny_llama_dir)
     assert found.speed.memory.choice.checkpointing.kind == "none" and found.speed.memory.choice.fits
     assert num_resident(found) == 14 == 7 * found.speed.memory.choice.resident_layers
-    assert not found.speed.compiled and "too short to win back" in found.speed.why
+    assert not found.speed.compiled and "too short to win back" in found.speed.compiling.why
     assert "0 of 2 layers" in found.speed.summary()[0]
 
 
@@ -135,9 +135,24 @@ def test_fused_off_is_the_plain_twin(tmp_path: Path, tiny_llama_dir: Path) -> No
     assert all(layer.frozen is None for layer in lora_layers(found.job.model).values())
 
 
-def test_offload_without_a_card_is_refused(tmp_path: Path, tiny_llama_dir: Path) -> None:
-    with pytest.raises((MachineError, RecipeError), match="offload_checkpoints"):
-        prepared(tmp_path, tiny_llama_dir, checkpointing="full", offload_checkpoints=True)
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"checkpointing": "full", "offload_checkpoints": True}, "offload_checkpoints .* the device is cpu"),
+        ({"compile": True}, "train.compile: no g\\+\\+"),
+        ({"resident_layers": 3}, "resident_layers is 3, but the model has 2 layers"),
+    ],
+    ids=["offload", "compile", "resident"],
+)
+def test_what_machine_or_model_lack_is_said_before_weights_are_read(
+    keys: dict[str, Any], said: str, tmp_path: Path, tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "compiler_fault", lambda device: "no g++")
+    monkeypatch.setattr("qlora_train.train.setup.load_recipe_base", None)
+    recipe = load_recipe(write_recipe(tmp_path, tiny_llama_dir), ()).recipe
+    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update=keys)})  # past the checks of the recipe
+    with pytest.raises((MachineError, RecipeError), match=said):
+        prepare(recipe, RunDir(tmp_path / "run"), Silent())
 
 
 def test_compile_follows_the_recipe_the_work_and_the_machine(
@@ -157,3 +172,18 @@ def test_compile_follows_the_recipe_the_work_and_the_machine(
     assert "no g++" in prepared(tmp_path / "none", tiny_llama_dir).speed.summary()[1]
     with pytest.raises(MachineError, match="no g\\+\\+"):
         prepared(tmp_path / "asked", tiny_llama_dir, compile=True)
+
+
+def test_compiling_is_settled_before_memory(
+    tmp_path: Path, tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It saves more than selective checkpointing, which rules it out; and a resume with other free memory keeps it."""
+    monkeypatch.setattr(module, "compile_layers", lambda model: None)
+    monkeypatch.setattr(module, "compiler_fault", lambda device: None)
+    monkeypatch.setitem(module.LEAST_WORK, "cpu", 1.0)
+    most = prepared(tmp_path / "most", tiny_llama_dir, checkpointing="none", resident_layers=0, compile=False)
+    keys = {"resident_layers": 0, "memory_limit_gib": (most.speed.memory.choice.peak_bytes - 1) / 2**30}
+    plain = prepared(tmp_path / "plain", tiny_llama_dir, compile=False, **keys)
+    assert plain.speed.memory.choice.checkpointing.kind == "selective", "negative control"
+    tight = prepared(tmp_path / "tight", tiny_llama_dir, **keys)
+    assert tight.speed.compiled and tight.speed.memory.choice.checkpointing.kind == "full"

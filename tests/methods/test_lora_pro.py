@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoConfig
 
 from qlora_train.adapters.attach import attach_adapter
 from qlora_train.adapters.gradrules import LoraProAdamW, lora_pro
 from qlora_train.adapters.layers import lora_layers
 from qlora_train.errors import RecipeError
+from qlora_train.memory.advice import advise
+from qlora_train.memory.moments import optimizer_of, state_bytes
+from qlora_train.memory.plan import plan_training
+from qlora_train.memory.trace import OPTIMISER
 from qlora_train.model.causal import CausalModel
 from qlora_train.recipe.load import load_recipe
 from qlora_train.recipe.schema import AdapterSection, TrainSection
@@ -20,6 +26,7 @@ from tests.commandline import write_recipe
 from tests.loading import dense_twin, tiny_base, with_adapter
 from tests.packs import alone, table_of
 from tests.tiny import build_tiny_llama
+from tests.unit.memory.planned import published_config, recipe_of
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +116,32 @@ def test_the_rule_acts_trains_and_goes_on_from_its_state(folder: Path, mode: str
     run(again, restored, 5)
     assert all(torch.equal(value, adapter(again)[name]) for name, value in adapter(model).items())
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("mode", ["factor", "full"])
+def test_plans_count_the_moments_that_the_optimiser_keeps(folder: Path, mode: str) -> None:
+    section = AdapterSection(method="lora_pro", r=4, alpha=8.0, rule_mode=mode)  # type: ignore[arg-type]
+    model, optimizer = trained(folder, section, 1)
+    held = sum(tensor.nbytes for tensor in optimizer_tensors(model, optimizer).values())
+    shapes = [p.shape for p in model.parameters() if p.requires_grad]
+    recipe = recipe_of(adapter=section.model_dump(), data={"seq_len": 64, "eval": ()})
+    assert state_bytes(optimizer_of(recipe), shapes) == held
+    plan = plan_training(recipe, AutoConfig.from_pretrained(folder), device="cpu")
+    moments = next(term.num_bytes for term in plan.of("training") if term.cause == OPTIMISER)
+    num_weights = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    kept = next(term.num_bytes for term in plan.of("disk") if term.cause == "checkpoints")
+    assert moments == held and kept == (recipe.train.keep + 1) * (held + 4 * num_weights)
+    assert any("whole weights" in note for note in plan.notes) == (mode == "full")
+
+
+def test_the_way_out_of_whole_moments_is_factor_mode() -> None:
+    """Not 8-bit moments, which the recipe refuses there."""
+    given: dict[str, Any] = {"method": "lora_pro", "rule_mode": "full", "r": 16, "target_modules": "all-linear"}
+    plan = plan_training(recipe_of(adapter=given, data={"eval": ()}), published_config("smollm2-135m"), device="cuda")
+    changes = advise(plan, plan.device_bytes // 2)
+    assert not any("8bit" in change.text for change in changes)
+    factor = next(change for change in changes if change.text == "adapter.rule_mode=factor")
+    assert factor.changes_training and factor.saved_bytes > 0.8 * 8 * 106_000_000, "weights in linear layers"
 
 
 def test_full_mode_refuses_another_optimiser(folder: Path, tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig
 
-from qlora_train.memory.advice import advise, spend
+from qlora_train.memory.advice import _smaller_moments, advise, spend
+from qlora_train.memory.estimate import Request
 from qlora_train.memory.plan import Plan, plan_training
 from qlora_train.recipe.schema import Recipe
 from tests.unit.memory.planned import recipe_of
@@ -63,6 +64,13 @@ def test_what_a_change_promises_is_what_it_gives(plan: Plan) -> None:
         assert change.peak_bytes == pytest.approx(again.device_bytes, rel=0.02), change.text
         assert change.saved_bytes == plan.device_bytes - change.peak_bytes > 0
         assert change.fits == (change.peak_bytes <= limit)
+
+
+def test_moments_in_8_bit_are_advised_on_a_card_alone() -> None:
+    """On a CPU their step takes 15 times as long."""
+    offered = {kind: list(_smaller_moments(Request(recipe_of(), CONFIG, kind))) for kind in ("cuda", "cpu")}
+    assert [dict(option.overrides) for option in offered["cuda"]] == [{"train.optimizer": "adamw_8bit"}]
+    assert offered["cpu"] == []
 
 
 def test_the_order_is_that_of_lost_speed(plan: Plan) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from qlora_train.adapters.attach import attach_adapter
+from qlora_train.adapters.layers import lora_layers
 from qlora_train.errors import ModelError
 from qlora_train.memory.live import LiveBytes
 from qlora_train.memory.measure import trial_batch
@@ -19,6 +20,7 @@ from qlora_train.memory.trace import (
     DEQUANTISED,
     GRADIENTS,
     HEAD,
+    KEPT,
     OPTIMISER,
     QUANTISED,
     RESIDENT,
@@ -159,11 +161,18 @@ def test_other_trainers_ways_take_more() -> None:
     assert 2 * small.causes[ADAPTER] == peaks["peft"].causes[ADAPTER]
 
 
-def test_dropout_takes_a_mask(model: MetaModel) -> None:
-    section = SMALL.model_copy(update={"dropout": 0.1})
-    style = StepStyle(checkpointing=Checkpointing("none"))
-    dropped = build_meta_model(tiny_config("llama", 3), ModelStyle(adapter=section), "cuda")
-    assert trace_step(dropped, BATCH, style).peak_bytes >= trace_step(model, BATCH, style).peak_bytes
+def test_dropout_takes_masks_where_they_are_kept() -> None:
+    """The plain twin keeps one for each layer, a byte for an input; the fused function draws it again from its seed."""
+
+    def kept(linear: Any, dropout: float) -> tuple[int, int]:
+        style = ModelStyle(adapter=SMALL.model_copy(update={"dropout": dropout}), linear=linear)
+        model = build_meta_model(tiny_config("llama", 2), style, "cuda")
+        trace = trace_step(model, BATCH, StepStyle(checkpointing=Checkpointing("none")))
+        return trace.causes[KEPT], sum(layer.in_features for layer in lora_layers(model.model).values())
+
+    (plain, width), (without, _) = kept("plain", 0.1), kept("plain", 0.0)
+    assert plain - without >= BATCH.labels.numel() * width
+    assert kept("fused", 0.1) == kept("fused", 0.0)
 
 
 def test_new_tokens_are_planned_past_the_tables_rows(model: MetaModel) -> None:

@@ -15,6 +15,7 @@ from qlora_train.data.sources.base import Columns, OnFault, RawRow
 from qlora_train.data.sources.decode import decode_text
 from qlora_train.data.sources.files import DataFile, digest_of, gone, no_rows
 from qlora_train.data.values import NotJson
+from qlora_train.errors import first_line
 
 BATCH_ROWS = 1000  # converted to Python values at a time
 _Mend = Callable[[object], object]
@@ -75,7 +76,7 @@ def arrow_errors(path: Path | str) -> Iterator[None]:
     except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        what = f"{Path(path).name} is damaged, or no such file as its name says: {str(error).splitlines()[0]}"
+        what = f"{Path(path).name} is damaged, or no such file as its name says: {first_line(error)}"
         raise SourceFault(what, "copy the file again, or write it again") from None
 
 

@@ -12,6 +12,7 @@ import pyarrow as pa
 from qlora_train.data.problems import SourceFault
 from qlora_train.data.sources.columnar import ColumnarSource, arrow_errors, holds_wanted
 from qlora_train.data.sources.files import DataFile, digest_of
+from qlora_train.errors import first_line
 
 
 def open_hub(name: str, revision: str | None, subset: str | None, split: str) -> HubSource:
@@ -23,9 +24,10 @@ def open_hub(name: str, revision: str | None, subset: str | None, split: str) ->
     # Whatever goes wrong between here and a server, in the cache, or in reading foreign files: libraries of four
     # projects raise it, each in its own words.
     except Exception as error:
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
         fix = "check the name, `subset`, `split` and `revision`, the network and HF_HUB_OFFLINE; or give a local path"
-        raise SourceFault(f"is no file here, and the hub data set cannot be loaded: {said}", fix) from error
+        raise SourceFault(
+            f"is no file here, and the hub data set cannot be loaded: {first_line(error)}", fix
+        ) from error
     return HubSource(name, dataset, split)
 
 

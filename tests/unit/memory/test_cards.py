@@ -22,7 +22,9 @@ from qlora_train.memory.cards import CARDS, SIZES_GB, find_card, parse_memory, s
         ("a6000", "RTX A6000"),
         ("Tesla T4", "T4"),
         ("l40s", "L40S"),
-        ("4060 ti", "RTX 4060 Ti 16GB"),
+        ("4060 ti", "RTX 4060 Ti 8GB"),
+        ("NVIDIA GeForce RTX 4060 Ti", "RTX 4060 Ti 8GB"),
+        ("4060 ti 16gb", "RTX 4060 Ti 16GB"),
     ],
 )
 def test_names_as_written(written: str, name: str) -> None:

@@ -85,6 +85,8 @@ def test_the_error_names_figures_and_ways_out_in_order() -> None:
     assert text.index("train.checkpointing=full") < text.index("adapter.r=8") and text.index("Fix: ") < text.index(
         "slower"
     )
+    other = found.error(planned=2**30, planned_for="evaluation", saved="", options=[])
+    assert "1.00 GiB were planned for evaluation" in str(other)
     assert "use a machine with more" in str(found.error(planned=None, saved="", options=[]))
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from qlora_train.memory.cards import find_card
 from qlora_train.memory.constants import CUDA_CONTEXT, HOST_LIBRARIES
+from qlora_train.memory.measure import trial_batch
 from qlora_train.memory.plan import ON_DEVICE, STAGES, Plan, plan_training
 from qlora_train.memory.trace import ADAPTER, GRADIENTS, OPTIMISER
 from tests.unit.memory.planned import published_config, recipe_of, tiny_config
@@ -81,6 +82,12 @@ def test_the_split_of_a_step_is_settled_with_the_rest() -> None:
     sections["train"]["memory_limit_gib"] = 1.1 * fixed.traced_bytes() / GIB
     tight = plan_training(recipe_of(**sections), config, device="cuda", limit_bytes=8 * GIB)
     assert tight.settings()["micro_batch_size"] < 8 and tight.settings()["checkpointing"] == "none"
+
+
+def test_the_formula_is_no_cross_check_of_a_runs_own_batch() -> None:
+    recipe, config = recipe_of(data={"seq_len": 64, "eval": ()}), tiny_config("llama", 2)
+    batch = trial_batch(1, 64, 16, packed=True)
+    assert plan_training(recipe, config, device="cuda", training_batch=batch).formula_bytes is None
 
 
 def test_on_a_cpu_there_is_no_card() -> None:

@@ -99,6 +99,36 @@ def test_skipped_modules_stay_as_they_are(tiny_llama_dir: Path) -> None:
         assert base.print.tensors[f"{name}.weight"].quantised == (not name.endswith("down_proj"))
 
 
+@pytest.mark.parametrize(
+    ("quant_type", "step"), [("nf4", "Params4bit._quantize"), ("int4", "quantize_affine")], ids=["nf4", "int4"]
+)
+def test_an_error_of_the_quantiser_ends_the_loading_as_what_it_is(
+    tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch, quant_type: str, step: str
+) -> None:
+    """transformers would log it, go on with the next weight, and say that the weights cannot be converted."""
+    calls: list[int] = []
+
+    def fail(error: Exception) -> None:
+        calls.clear()
+
+        def failing(*args: Any, **kwargs: Any) -> Any:
+            calls.append(1)
+            raise error
+
+        monkeypatch.setattr(f"qlora_train.quant.bnb.{step}", failing)
+
+    fail(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.50 GiB"))
+    with pytest.raises(torch.OutOfMemoryError, match=r"1\.50 GiB"):
+        tiny_base(tiny_llama_dir, quant_type=quant_type)
+    assert len(calls) == 1
+    fail(RuntimeError("Method 'cquantize' not available in CPU-only version of bitsandbytes.\nReinstall"))
+    with pytest.raises(MachineError, match=r"quantise on cpu: Method .* of bitsandbytes\. Fix: `python -m bitsandb"):
+        tiny_base(tiny_llama_dir, quant_type=quant_type)
+    fail(KeyError("a bug"))
+    with pytest.raises(KeyError, match="a bug"):
+        tiny_base(tiny_llama_dir, quant_type=quant_type)
+
+
 def weights(base: Base) -> dict[str, torch.Tensor]:
     return {name: dequantize(module.weight) for name, module in linear4bit_modules(base.model)}
 

@@ -16,10 +16,11 @@ from qlora_train.errors import ModelError
 from qlora_train.model.skeleton import (
     build_skeleton,
     check_length,
-    check_shapes,
+    check_rotary,
     check_skipped,
     check_targets,
     check_vocabulary,
+    check_widths,
     head_name,
     linear_layers,
     load_config,
@@ -27,7 +28,9 @@ from qlora_train.model.skeleton import (
     name_table,
 )
 from qlora_train.model.source import Source
+from qlora_train.recipe.schema import QuantSection
 from tests.tiny import SIZES
+from tests.unit.memory.planned import recipe_of
 
 
 def llama(**changes: Any) -> nn.Module:
@@ -121,11 +124,54 @@ def test_a_model_without_linear_layers_is_refused() -> None:
 def test_widths_that_a_cpu_gets_wrong(width: int, block_size: int, fits: bool) -> None:
     """64 at least, whatever the block size; the MLP's width is a multiple of all."""
     model = llama(hidden_size=width, num_attention_heads=2, intermediate_size=512)
+    quant = QuantSection(block_size=block_size)  # type: ignore[arg-type]
     if fits:
-        check_shapes(model, block_size)
+        check_widths(model, quant, torch.device("cpu"))
         return
-    with pytest.raises(ModelError, match=rf"multiple of {max(64, block_size)}, first .*_proj with {width}"):
-        check_shapes(model, block_size)
+    check_widths(model, quant, torch.device("cuda"))
+    with pytest.raises(ModelError, match=rf"multiple of {max(64, block_size)}, first .*_proj with {width}") as caught:
+        check_widths(model, quant, torch.device("cpu"))
+    assert ("quant.block_size: 64" in str(caught.value)) == (block_size > 64), "only where that is enough"
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "int4"])
+def test_layers_that_stay_in_16_bit_may_have_any_width(quant_type: str) -> None:
+    model, cpu = llama(intermediate_size=96), torch.device("cpu")
+    quant = QuantSection(quant_type=quant_type)  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match=r"first .*down_proj with 96: .*\(quant\.skip_modules: \[down_proj\]\)"):
+        check_widths(model, quant, cpu)
+    check_widths(model, quant.model_copy(update={"skip_modules": ("down_proj",)}), cpu)
+
+
+@pytest.mark.parametrize(
+    ("keys", "fits"),
+    [
+        ({"seq_len": 64}, True),
+        ({"seq_len": 65}, False),
+        ({"seq_len": 65, "batching": "shuffled"}, True),
+        ({"seq_len": 65, "batching": "shuffled", "micro_batch_size": 2}, False),
+        ({"seq_len": 65, "batching": "shuffled", "memory": "auto"}, False),
+        ({"seq_len": 65, "batching": "shuffled", "eval_batch": 2}, False),
+    ],
+    ids=str,
+)
+def test_rows_must_not_change_each_others_rotary_embedding(keys: dict[str, Any], fits: bool) -> None:
+    """LongRoPE takes its table by the longest row of the micro-batch."""
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 16, "long_factor": [4.0] * 16, "rope_theta": 1e4}
+    rope["original_max_position_embeddings"] = 64
+    sizes = {**SIZES, "num_key_value_heads": 2, "original_max_position_embeddings": 64}
+    config = Phi3Config(**sizes, rope_parameters=rope)
+    train = {"micro_batch_size": 1, "grad_accum_steps": 4}
+    train |= {key: keys[key] for key in ("micro_batch_size", "memory") if key in keys}
+    data = {"train": ({"path": "a"},), "eval": ({"path": "b"},), "seq_len": keys["seq_len"]}
+    data["batching"] = keys.get("batching", "packed")
+    recipe = recipe_of(data=data, train=train, eval={"batch_size": keys.get("eval_batch", 1)})
+    check_rotary(LlamaConfig(**SIZES), recipe)
+    if fits:
+        check_rotary(config, recipe)
+        return
+    with pytest.raises(ModelError, match=r"seq_len is 65, .* more than 64 tokens \(longrope\).* to 64 or less"):
+        check_rotary(config, recipe)
 
 
 def test_no_token_id_may_lie_outside_the_embedding() -> None:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 
 from qlora_train.artifacts.files import sha256_file
 from qlora_train.artifacts.folders import publishing
@@ -167,3 +168,21 @@ def test_a_hub_id_that_cannot_be_had_is_a_model_error(path: str) -> None:
     with pytest.raises(ModelError, match=r"is no file or folder, and the hub did not give it") as caught:
         resolve(path)
     assert repr(path) in str(caught.value)
+
+
+def test_of_a_hub_id_only_what_is_read_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, list[str]] = {}
+
+    def download(name: str, *, revision: str | None, **patterns: list[str]) -> str:
+        asked.update(patterns)
+        return str(model_folder(tmp_path / "commit"))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    resolve("mistralai/Some-Model")
+    weights = ["model-00001-of-00002.safetensors", "model.safetensors", "consolidated.safetensors"]
+    weights += ["consolidated.00.safetensors", "original/model.safetensors", "model.bin"]
+    names = [*weights, "config.json", "tokenizer.json", "additional_chat_templates/tools.jinja"]
+    wanted = [*weights[:2], *names[-3:]]
+    assert list(filter_repo_objects(names, **asked)) == wanted
+    resolve("mistralai/Some-Model", weights=False)
+    assert list(filter_repo_objects(names, **asked)) == wanted[2:]

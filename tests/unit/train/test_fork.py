@@ -24,6 +24,7 @@ from qlora_train.train.fork import (
     record_resume,
     refuse_changes,
     refuse_idle,
+    refuse_other_device,
 )
 from qlora_train.train.keys import default_of, trajectory_keys
 from qlora_train.train.state import Binding
@@ -172,3 +173,15 @@ def test_each_resume_is_a_line(tmp_path: Path) -> None:
     assert (first["from"], first["level"], first["fork"]) == ("step-000002", "D2", [])
     assert second["fork"] == [{"key": "run.seed", "old": 0, "new": 1, "where": "r.yaml:3"}]
     assert second["rounding"][0]["key"] == "threads" and second["time"][:2] == "20"
+
+
+def test_a_quantised_base_goes_on_with_its_kind_of_device() -> None:
+    """The codes depend on it; without them another device only rounds otherwise. A checkpoint may not say."""
+    plain = RECIPE.model_copy(update={"quant": RECIPE.quant.model_copy(update={"quant_type": "none"})})
+    refuse_other_device({"device": "cpu"}, RECIPE, "cpu", "step-000002")
+    refuse_other_device({}, RECIPE, "cuda", "step-000002")
+    refuse_other_device({"device": "cpu"}, plain, "cuda", "step-000002")
+    with pytest.raises(ResumeError, match=r"step-000002 was trained on cpu.*on cuda: .* Fix: set model.device: cpu;"):
+        refuse_other_device({"device": "cpu"}, RECIPE, "cuda", "step-000002")
+    with pytest.raises(ResumeError, match=r"trained on cuda.*on cpu: .* Fix: go on where there is a CUDA device"):
+        refuse_other_device({"device": "cuda"}, RECIPE, "cpu", "step-000002")
