@@ -151,9 +151,7 @@ def train(
 def evaluate(
     run: RunPath,
     overrides: Overrides = None,
-    rows: Annotated[
-        Path | None, typer.Option(help="Rows in place of the recipe's held-out ones, in any format of data.eval.")
-    ] = None,
+    rows: Annotated[Path | None, typer.Option(help="A source of rows in place of the recipe's held-out ones.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure base and adapter side by side on held-out rows."""
@@ -209,7 +207,7 @@ def chat(
     adapter: Annotated[list[Path] | None, typer.Option(help="A further run on the same base; may be repeated.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
     temperature: Annotated[
-        float, typer.Option(min=0.0, help="0: always the most likely token. 1: drawn as the model has it.")
+        float, typer.Option(min=0.0, help="0: the most likely token; 1: as the model has it.")
     ] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="Of the sampling, where temperature is above 0.")] = 0,
 ) -> None:
