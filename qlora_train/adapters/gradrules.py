@@ -99,7 +99,8 @@ class LoraProAdamW(torch.optim.Optimizer):
 
     Each step: (g^A, g^B) as in `lora_pro`; their effect g~ = s B g^A + s g^B A enters the moments; AdamW's direction d
     for the dense weight is projected back by the same formulas, with s B^T d and s d A^T in the places of g_A and g_B.
-    Decay is decoupled. No weight moves by numbers that are not finite. Keeps 8 bytes for each base weight under an adapter: for small models and as a reference.
+    Decay is decoupled. No weight moves by numbers that are not finite. Keeps 8 bytes for each base weight under an
+    adapter: for small models and as a reference.
     Source: LoRA-Pro, arXiv 2407.18242, section 3.3 and the authors' code.
     """
 

@@ -11,8 +11,8 @@ import torch
 
 from qlora_train.model.load import with_end_tokens
 
-# What a generation_config may ask for beside the model's own probabilities (transformers 5.23, `_get_logits_processor`),
-# as Qwen2.5-Instruct's does with a repetition_penalty: switched off, since `generate` fills in what it is not told.
+# What a generation_config may ask for beside the model's own probabilities, as Qwen2.5-Instruct's does with a
+# repetition_penalty: switched off, since `generate` takes from there what it is not told (transformers 5.23).
 _RESHAPING = (
     "min_p",
     "top_h",
