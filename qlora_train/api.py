@@ -44,6 +44,7 @@ from qlora_train.environment import environment
 from qlora_train.errors import DataError, ModelError, RecipeError, UserError
 from qlora_train.evaluate.chat import ChatSession
 from qlora_train.evaluate.sides import SideScores, score_side
+from qlora_train.evaluate.validation import BASE_FIX
 from qlora_train.export.base import BaseReader, as_float32
 from qlora_train.export.formats.run import FormatResult, FormatsResult, Heard
 from qlora_train.export.formats.run import export_formats as publish_formats
@@ -77,6 +78,9 @@ __all__ = [
     "AdapterInfo",
     "Analysis",
     "ChatSession",
+    "CheckResult",
+    "DataResult",
+    "EvalResult",
     "ExportResult",
     "FormatResult",
     "FormatsResult",
@@ -99,8 +103,10 @@ __all__ = [
     "env",
     "evaluate",
     "export",
+    "export_formats",
     "open_chat",
     "plan",
+    "plan_cards",
     "replay",
     "report",
     "train",
@@ -290,7 +296,7 @@ def evaluate(run: Path, overrides: Sequence[str] = (), *, rows: Path | None = No
         causal = CausalModel(trained.model)
         adapter = score_side(causal, trained.tokenizer, split, recipe.eval)
         with untrained(trained.model):
-            base = score_side(causal, trained.tokenizer, split, recipe.eval)
+            base = score_side(causal, trained.tokenizer, split, recipe.eval, fix=BASE_FIX)
     return EvalResult(base, adapter)
 
 

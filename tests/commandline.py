@@ -70,6 +70,8 @@ def write_recipe(folder: Path, model: Path, **changes: Any) -> Path:
     for name, value in changes.items():
         section, _, key = name.partition("__")
         sections.setdefault(section, {})[key] = value
+    if not sections["eval"]["generate_rows"] and "eval__max_new_tokens" not in changes:
+        del sections["eval"]["max_new_tokens"]
     if not (folder / "train.jsonl").exists():
         write_rows(folder / "train.jsonl", chat_rows(20))
     if not (folder / "test.jsonl").exists():

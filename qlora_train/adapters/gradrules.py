@@ -88,12 +88,8 @@ class LoraProRule:
                 continue
             gradients += [grad_a, grad_b]
             rewritten += lora_pro(pair.lora_A, pair.lora_B, grad_a, grad_b, pair.scaling)
-        self.rule_norm = float(nn.utils.get_total_norm(rewritten)) if rewritten else 0.0
-        if not math.isfinite(self.rule_norm):
-            raise NumericsError(
-                f"the gradients that LoRA-Pro makes of finite ones are not finite (norm {self.rule_norm})",
-                fix="lower train.learning_rate, or use another adapter.method",
-            )
+        self.rule_norm = _total_norm(rewritten)
+        _refuse_not_finite(self.rule_norm)
         for gradient, new in zip(gradients, rewritten, strict=True):
             gradient.copy_(new)
 
@@ -103,7 +99,8 @@ class LoraProAdamW(torch.optim.Optimizer):
 
     Each step: (g^A, g^B) as in `lora_pro`; their effect g~ = s B g^A + s g^B A enters the moments; AdamW's direction d
     for the dense weight is projected back by the same formulas, with s B^T d and s d A^T in the places of g_A and g_B.
-    Decay is decoupled. Keeps 8 bytes for each base weight under an adapter: for small models and as a reference.
+    Decay is decoupled. No weight moves by numbers that are not finite. Keeps 8 bytes for each base weight under an
+    adapter: for small models and as a reference.
     Source: LoRA-Pro, arXiv 2407.18242, section 3.3 and the authors' code.
     """
 
@@ -130,30 +127,44 @@ class LoraProAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One update. A closure is refused: gradients are rewritten once."""
+        """One update; NumericsError, and no weight moved, where it is not finite. A closure is refused: gradients are
+        rewritten once.
+        """
         if closure is not None:
             raise ValueError("LoRA-Pro takes no closure")
         group = self.param_groups[0]
-        steps: list[Tensor] = []
+        steps = {}
         for pair in self.pairs:
-            if pair.lora_A.grad is not None and pair.lora_B.grad is not None:
-                steps += self._step_pair(pair, group)
-        self.rule_norm = float(nn.utils.get_total_norm(steps)) if steps else 0.0
+            if (grad_a := pair.lora_A.grad) is not None and (grad_b := pair.lora_B.grad) is not None:
+                steps[pair] = lora_pro(pair.lora_A, pair.lora_B, grad_a, grad_b, pair.scaling)
+        self.rule_norm = _total_norm([step for both in steps.values() for step in both])
+        _refuse_not_finite(self.rule_norm)
+        updates: list[tuple[nn.Parameter, Tensor]] = []
+        for pair, both in steps.items():
+            updates += zip((pair.lora_A, pair.lora_B), self._updates(pair, both, group), strict=True)
+        _refuse_not_finite(_total_norm([update for _, update in updates]))
+        for parameter, update in updates:
+            parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=group["lr"])
 
-    def _step_pair(self, pair: Pair, group: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Update one pair; the steps before the moments saw them."""
-        a_rI, b_Or, scaling = pair.lora_A, pair.lora_B, pair.scaling
-        assert a_rI.grad is not None and b_Or.grad is not None
+    def _updates(self, pair: Pair, steps: tuple[Tensor, Tensor], group: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """What the rate multiplies, for A and for B; the moments move on."""
+        (a_rI, b_Or), scaling, (step_a, step_b) = (pair.lora_A, pair.lora_B), pair.scaling, steps
         state = self.state[b_Or] or self.new_state(b_Or)
-        step_a, step_b = lora_pro(a_rI, b_Or, a_rI.grad, b_Or.grad, scaling)
         effect_OI = scaling * (b_Or @ step_a + step_b @ a_rI)
         direction_OI = _adam_direction(state, effect_OI, group["betas"], group["eps"])
-        updates = lora_pro(
-            a_rI, b_Or, scaling * (b_Or.t() @ direction_OI), scaling * (direction_OI @ a_rI.t()), scaling
+        return lora_pro(a_rI, b_Or, scaling * (b_Or.t() @ direction_OI), scaling * (direction_OI @ a_rI.t()), scaling)
+
+
+def _total_norm(tensors: Sequence[Tensor]) -> float:
+    return float(nn.utils.get_total_norm(tensors)) if tensors else 0.0
+
+
+def _refuse_not_finite(norm: float) -> None:
+    if not math.isfinite(norm):
+        raise NumericsError(
+            f"the gradients that LoRA-Pro makes of finite ones are not finite (norm {norm})",
+            fix="lower train.learning_rate, or use another adapter.method",
         )
-        for parameter, update in zip((a_rI, b_Or), updates, strict=True):
-            parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=group["lr"])
-        return step_a, step_b
 
 
 def _adam_direction(state: dict[str, Tensor], gradient: Tensor, betas: tuple[float, float], eps: float) -> Tensor:

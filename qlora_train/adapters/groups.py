@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from qlora_train.adapters.forms.delta import PREFIX as DIFFERENCE
 from qlora_train.names import TOKEN_ROWS
 
 
@@ -21,19 +22,24 @@ class Group:
 
 
 def one_group(parameters: Mapping[str, nn.Parameter]) -> list[Group]:
-    """Every parameter at the recipe's rate. Rows of new tokens do not decay: they are whole rows, and not updates."""
-    rows = {name: parameter for name, parameter in parameters.items() if f".{TOKEN_ROWS}" in name}
-    adapter = tuple(parameter for name, parameter in parameters.items() if name not in rows)
-    tokens = [Group("new tokens", 1.0, tuple(rows.values()), decays=False)] if rows else []
-    return [Group("adapter", 1.0, adapter), *tokens]
+    """Every parameter at the recipe's rate; none is in two groups, and no group is empty.
+
+    `adapter` decays: at zero it changes nothing. `vector` does not: a magnitude of DoRA's at zero would be a weight
+    at zero, and so would a scaling vector or a temperature. Nor do the rows of new tokens, which are no updates.
+    """
+    members: dict[str, list[nn.Parameter]] = {"adapter": [], "vector": [], "new tokens": []}
+    for name, parameter in parameters.items():
+        is_row, is_vector = f".{TOKEN_ROWS}" in name, parameter.ndim < 2 and DIFFERENCE not in name
+        members["new tokens" if is_row else "vector" if is_vector else "adapter"].append(parameter)
+    return [Group(name, 1.0, tuple(found), decays=name == "adapter") for name, found in members.items() if found]
 
 
 def loraplus_groups(parameters: Mapping[str, nn.Parameter], lr_ratio: float) -> list[Group]:
     """LoRA+: B learns `lr_ratio` times as fast as A. Every parameter is in exactly one group; none is empty.
 
     `A`: lora_A, cores between A and B, and adapters of embeddings, at the recipe's rate. `B`: lora_B, at `lr_ratio`
-    times it. `vector`: everything of one dimension (DoRA's magnitudes, gates, scaling vectors, biases), at the
-    recipe's rate and without decay: PEFT puts these into the fast group, where they learn `lr_ratio` times too fast.
+    times it. `vector`: everything of one dimension, of which plain LoRA has nothing, at the recipe's rate and without
+    decay: PEFT puts these into the fast group, where they learn `lr_ratio` times too fast.
     Source: LoRA+, arXiv 2402.12354, section 4.
 
     >>> import torch

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from qlora_train.adapters.arithmetic import FactoredSvd, delta_svd
 from qlora_train.adapters.fold import Delta
+from qlora_train.adapters.module_names import name_of
 from qlora_train.analysis.amplification import Amplification, amplification
 from qlora_train.analysis.overlap import Overlap, baseline, overlaps, row_directions, similarity
 from qlora_train.analysis.recommend import Recommendation, recommend, shared_ranks
-from qlora_train.analysis.spectrum import Spectrum, in_model_order, name_of, spectra
+from qlora_train.analysis.spectrum import Spectrum, in_model_order, spectra
 
 # The weight that a module computes with (out, in) in float32, and ||original - it|| where it is quantised.
 ReadWeight = Callable[[str], tuple[Tensor, float | None]]

@@ -22,10 +22,12 @@ from torch import Tensor
 
 from qlora_train.adapters.arithmetic import FactoredSvd
 from qlora_train.adapters.fold import Delta
-from qlora_train.analysis.spectrum import in_model_order, name_of
+from qlora_train.adapters.module_names import name_of
+from qlora_train.analysis.spectrum import in_model_order
 
 Directions = Literal["A", "delta_right", "delta_left"]
 DIRECTIONS: tuple[Directions, ...] = get_args(Directions)
+WHAT: dict[Directions, str] = {"A": "rows of A", "delta_right": "inputs of B A", "delta_left": "outputs of B A"}
 
 
 @dataclass(frozen=True)

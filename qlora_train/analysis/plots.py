@@ -15,10 +15,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator, StrMethodFormatter
 from numpy.typing import NDArray
 
+from qlora_train.adapters.module_names import layer_of, name_of
 from qlora_train.analysis.amplification import FEW, Amplification
 from qlora_train.analysis.look import Analysis, Look
-from qlora_train.analysis.overlap import Directions, Overlap
-from qlora_train.analysis.spectrum import Spectrum, layer_of, name_of
+from qlora_train.analysis.overlap import WHAT, Overlap
+from qlora_train.analysis.spectrum import Spectrum
 
 _STYLE: dict[str, Any] = {
     "font.size": 9,
@@ -36,11 +37,6 @@ _STYLE: dict[str, Any] = {
 }
 _LAYERS_MAP, _CELLS_MAP, _AROUND_ONE_MAP = "viridis", "magma_r", "RdBu_r"
 _PANEL = 2.35  # inches
-_WHAT: dict[Directions, str] = {
-    "A": "rows of A",
-    "delta_right": "inputs of B A",
-    "delta_left": "outputs of B A",
-}
 
 Grid = NDArray[np.float64]
 Phi = tuple[tuple[float, ...], ...]
@@ -135,7 +131,7 @@ def _similarity(analysis: Analysis) -> Figure:
     first, second = analysis.looks
     names = list(dict.fromkeys(overlap.name for overlap in analysis.overlaps))
     rows: list[tuple[str, dict[str, tuple[Overlap, Phi]]]] = []
-    for directions, what in _WHAT.items():
+    for directions, what in WHAT.items():
         found = [overlap for overlap in analysis.overlaps if overlap.directions == directions]
         rows.append((what, {o.name: (o, o.grid) for o in found}))
         rows.append(("control: A at the start", {o.name: (o, o.control) for o in found if o.control}))

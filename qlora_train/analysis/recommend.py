@@ -17,7 +17,7 @@ from qlora_train.analysis.overlap import baseline, baseline_deviation, similarit
 from qlora_train.analysis.spectrum import Spectrum
 
 ENERGY = 0.95
-BOUND_FRAC = 0.8  # of the rank: a module whose energy rank is above it is short of rank
+BOUND_FRAC = 0.8  # of the directions an update can have: a module whose energy rank is above it is short of rank
 QUANTILE = 0.9  # of the modules: what is recommended is enough for as many
 SIZES = (4, 8, 16, 32, 64, 128, 256)
 LEAST_SHARED = 0.5  # phi of directions that two runs have in common
@@ -32,7 +32,7 @@ class Recommendation:
     trained_r: int  # the run's own
     energy_rank: int  # that holds 95 % of the update's energy in 90 % of the modules
     shared_rank: int | None  # directions that a second run found too, in 90 % of the modules
-    num_bound: int  # modules that use more than 80 % of their rank
+    num_bound: int  # modules that use more than 80 % of the directions their update can have
     num_modules: int
 
     @property
@@ -42,15 +42,19 @@ class Recommendation:
 
 
 def recommend(found: Sequence[Spectrum], trained_r: int, shared: Sequence[int] | None = None) -> Recommendation:
-    """From the spectra of all modules; `shared`: of each module, the directions that a second run found too."""
+    """From the spectra of all modules; `shared`: of each module, the directions that a second run found too.
+
+    An update may have more directions than the run's rank, as of a start that is taken off again (MiLoRA, OLoRA,
+    LoRA-GA: 2 r), and is counted as it is.
+    """
     ranks = [spectrum.energy_rank(ENERGY) for spectrum in found]
-    enough = _quantile([min(rank, trained_r) for rank in ranks])
+    enough = _quantile(ranks)
     return Recommendation(
         r=next((size for size in SIZES if size >= enough), enough),
         trained_r=trained_r,
         energy_rank=enough,
         shared_rank=_quantile(shared) if shared else None,
-        num_bound=sum(rank > BOUND_FRAC * min(trained_r, len(s.values)) for rank, s in zip(ranks, found, strict=True)),
+        num_bound=sum(rank > BOUND_FRAC * len(s.values) for rank, s in zip(ranks, found, strict=True)),
         num_modules=len(ranks),
     )
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from qlora_train.adapters.arithmetic import FactoredSvd, energy_rank
+from qlora_train.adapters.module_names import layer_of, name_of
 
 _ORDER = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj")
 
@@ -75,20 +76,6 @@ class Spectrum:
     def energy_rank(self, frac: float) -> int:
         """Directions that hold `frac` of ||X||_F^2."""
         return energy_rank(torch.tensor(self.values, dtype=torch.float64), frac)
-
-
-def layer_of(module: str) -> int | None:
-    """The first number in a module's name.
-
-    >>> layer_of("model.layers.12.mlp.experts.3.up_proj"), layer_of("lm_head")
-    (12, None)
-    """
-    return next((int(part) for part in module.split(".") if part.isdecimal()), None)
-
-
-def name_of(module: str) -> str:
-    """The last part of a module's name: q_proj."""
-    return module.rpartition(".")[2]
 
 
 def in_model_order(modules: Mapping[str, object]) -> list[str]:

@@ -151,7 +151,7 @@ def train(
 def evaluate(
     run: RunPath,
     overrides: Overrides = None,
-    rows: Annotated[Path | None, typer.Option(help="A JSONL file in place of the recipe's held-out rows.")] = None,
+    rows: Annotated[Path | None, typer.Option(help="A source of rows in place of the recipe's held-out ones.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure base and adapter side by side on held-out rows."""
@@ -204,7 +204,9 @@ def chat(
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
     adapter: Annotated[list[Path] | None, typer.Option(help="A further run on the same base; may be repeated.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the most likely token.")] = 0.0,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="0: the most likely token; 1: as the model has it.")
+    ] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="Of the sampling, where temperature is above 0.")] = 0,
 ) -> None:
     """Talk to a trained model. /adapter NAME and /base switch who answers, /clear forgets, /exit ends."""

@@ -144,7 +144,7 @@ def _rows(rows: Sequence[PreviewRow]) -> None:
 def sides(base: SideScores, adapter: SideScores) -> None:
     """Base against adapter, and a few answers of both."""
     table = new_table("", "base", "adapter")
-    table.add_row("held-out loss (nats per token)", f"{base.loss:.4f}", f"{adapter.loss:.4f}")
+    table.add_row("held-out loss (nats per supervised token)", f"{base.loss:.4f}", f"{adapter.loss:.4f}")
     table.add_row("perplexity", f"{base.perplexity:.2f}", f"{adapter.perplexity:.2f}")
     if base.scores and adapter.scores:
         for label, field in (

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from rich.text import Text
 
-from qlora_train.analysis.spectrum import name_of
+from qlora_train.adapters.module_names import name_of
 from qlora_train.analysis.tools import AdapterDiff, AdapterInfo, MadeAdapter, ModuleDiff, ModuleInfo, ResizedAdapter
 from qlora_train.cli.results import new_table, stdout
 from qlora_train.printable import printable

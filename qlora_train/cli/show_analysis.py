@@ -10,10 +10,10 @@ from typing import TypeVar
 
 from rich.text import Text
 
+from qlora_train.adapters.module_names import name_of
 from qlora_train.analysis.look import Analysis, Look
-from qlora_train.analysis.overlap import Directions, Overlap
+from qlora_train.analysis.overlap import WHAT, Directions, Overlap
 from qlora_train.analysis.recommend import Recommendation
-from qlora_train.analysis.spectrum import name_of
 from qlora_train.cli.results import new_table, stdout
 from qlora_train.cli.show_adapter import notices, say
 from qlora_train.printable import printable
@@ -22,7 +22,6 @@ Row = TypeVar("Row")
 
 EMPHASIS_FROM = 1.5  # times random directions: below, an update's directions are as good as random to the weight
 REPEATS_FROM = 0.5  # of what W's own first directions give
-_WHAT: dict[Directions, str] = {"A": "rows of A", "delta_right": "inputs of B A", "delta_left": "outputs of B A"}
 
 
 def analysis(result: Analysis, out: Path | None) -> None:
@@ -48,13 +47,18 @@ def _heading(text: str) -> None:
 
 def _ranks(look: Look) -> None:
     """Sizes and numbers of directions by name of module."""
-    table = new_table("module", "of", "size", "stable", "effective", "90 % in", "95 % in", "99 % in", "r")
+    table = new_table("module", "of", "size", "stable", "effective", "90 % in", "95 % in", "99 % in", "at most")
     for name, rows in _groups(look.spectra, lambda s: s.module).items():
         counts = [mean(getattr(s, key) for s in rows) for key in ("stable_rank", "effective_rank")]
         energy = [mean(s.energy_rank(frac) for s in rows) for frac in (0.90, 0.95, 0.99)]
         size = f"{math.hypot(*(s.norm for s in rows)):.3g}"
+        most = sorted({len(s.values) for s in rows})  # several under a rank pattern
         table.add_row(
-            printable(name), str(len(rows)), size, *(f"{v:.1f}" for v in (*counts, *energy)), f"{len(rows[0].values)}"
+            printable(name),
+            str(len(rows)),
+            size,
+            *(f"{v:.1f}" for v in (*counts, *energy)),
+            str(most[0]) if len(most) == 1 else f"{most[0]} to {most[-1]}",
         )
     stdout.print(table)
     whole = math.hypot(*(s.norm for s in look.spectra)) or 1.0
@@ -63,7 +67,8 @@ def _ranks(look: Look) -> None:
     }
     largest = max(sizes, key=lambda name: sizes[name])
     say(
-        f"Directions of the updates, means over layers. `95 % in`: so many directions hold 95 % of the squared size. "
+        f"Directions of the updates, means over layers. `95 % in`: so many directions hold 95 % of the squared size; "
+        f"`at most`: so many an update can have. "
         f"{largest} holds {(sizes[largest] / whole) ** 2:.0%} of the squared size of all updates."
     )
 
@@ -151,7 +156,7 @@ def _recommendation(found: Recommendation) -> None:
         f"{shared}); trained with r = {found.trained_r}."
     )
     if found.num_bound:
-        what = "use more than 80 % of their rank"
+        what = "use more than 80 % of the directions that their update can have"
         say(
             f"{found.num_bound} of {found.num_modules} modules {what}: "
             + ("the run is bound by its rank; train with a larger one to know." if found.is_bound else "a minority.")
@@ -161,7 +166,7 @@ def _recommendation(found: Recommendation) -> None:
 def _overlaps(result: Analysis) -> None:
     """phi of the first direction, of the first few, and of all, each with what chance gives."""
     first, second = result.looks
-    for directions, what in _WHAT.items():
+    for directions, what in WHAT.items():
         members = [overlap for overlap in result.overlaps if overlap.directions == directions]
         if not members:
             continue
@@ -191,7 +196,7 @@ def _overlap_reading(directions: Directions, members: Sequence[Overlap], first: 
     top, whole = (mean(o.at(*e[k]) for o, e in zip(members, ends, strict=True)) for k in (0, 1))
     by_chance = [mean(o.baseline(*e[k]) for o, e in zip(members, ends, strict=True)) for k in (0, 1)]
     text = (
-        f"{first} beside {second}, {_WHAT[directions]}: the strongest direction overlaps by {top:.2f} (chance "
+        f"{first} beside {second}, {WHAT[directions]}: the strongest direction overlaps by {top:.2f} (chance "
         f"{by_chance[0]:.3f}), all of them by {whole:.2f} (chance {by_chance[1]:.3f})."
     )
     controls = [c for o, e in zip(members, ends, strict=True) if (c := o.control_at(*e[1])) is not None]

@@ -6,10 +6,11 @@ import contextlib
 import sys
 
 from qlora_train.api import ChatSession
-from qlora_train.errors import ModelError
+from qlora_train.errors import UserError
 from qlora_train.printable import fit_to_show, printable
 
 HELP = "/adapter NAME, /base, /clear, /exit"
+_COMMANDS = ("/adapter", "/base", "/clear", "/exit", "/quit")
 
 
 def talk(session: ChatSession, *, once: str | None, max_new_tokens: int, temperature: float, seed: int) -> None:
@@ -36,24 +37,23 @@ def talk(session: ChatSession, *, once: str | None, max_new_tokens: int, tempera
             return
         if line in ("/exit", "/quit"):
             return
-        if line.startswith("/"):
-            _command(session, line)
-        elif line:
-            try:
+        try:
+            if line.partition(" ")[0] in _COMMANDS:
+                _command(session, line)
+            elif line:  # also one that begins with a path
                 answer(line)
-            except KeyboardInterrupt:
-                print(file=sys.stderr)
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
+        except UserError as error:  # of this line: what was said before it stands
+            print(fit_to_show(str(error)), file=sys.stderr)
 
 
 def _command(session: ChatSession, line: str) -> None:
     name, _, argument = line.partition(" ")
-    if name == "/clear":
+    if argument and name != "/adapter":
+        print(f"{name} stands alone: {HELP}", file=sys.stderr)
+    elif name == "/clear":
         session.clear()
-    elif name in ("/base", "/adapter"):
-        try:
-            session.switch("base" if name == "/base" else argument.strip())
-            print(f"{session.active} answers", file=sys.stderr)
-        except ModelError as error:
-            print(fit_to_show(str(error)), file=sys.stderr)
     else:
-        print(f"unknown command {printable(name)}: {HELP}", file=sys.stderr)
+        session.switch("base" if name == "/base" else argument.strip())
+        print(f"{session.active} answers", file=sys.stderr)

@@ -15,9 +15,9 @@ _MAX_CANDIDATES = 64
 
 @dataclass(frozen=True, eq=False)
 class Packs:
-    """Pack p holds the items `order[starts[p]:starts[p + 1]]`, longest first."""
+    """Pack p holds the rows `order[starts[p]:starts[p + 1]]`, longest first."""
 
-    order: NDArray[np.int64]  # items, each once
+    order: NDArray[np.int64]  # rows, each once
     starts: NDArray[np.int64]  # (number of packs + 1,), from 0 to len(order)
 
     def __len__(self) -> int:
@@ -25,39 +25,39 @@ class Packs:
 
 
 def pack(lengths: NDArray[np.integer], seq_len: int, generator: np.random.Generator) -> Packs:
-    """Pack by pack: the longest item left, and with it the items whose lengths sum closest to the space beside it.
+    """Pack by pack: the longest row left, and with it the rows whose lengths sum closest to the space beside it.
 
-        fill = argmax over subsets F of the items left: sum(F), subject to longest + sum(F) <= seq_len
+        fill = argmax over subsets F of the rows left: sum(F), subject to longest + sum(F) <= seq_len
 
     The sums that can be reached are the bits of an integer, one shift for each length (subset sum; the minimum bin
-    slack heuristic of Gupta and Ho, 1999, from the literature on bin packing). Between equal sums, longer items go
-    first: short ones fill later gaps. What was found for one pack is used as often as there are items for it, so the
+    slack heuristic of Gupta and Ho, 1999, from the literature on bin packing). Between equal sums, longer rows go
+    first: short ones fill later gaps. What was found for one pack is used as often as there are rows for it, so the
     work follows the number of different lengths. Best-fit decreasing leaves 7.0 % of `shell` at 256 tokens a pack
     empty, this 2.8 %; at 768 tokens 2.2 % and 0.2 %.
 
     `lengths` are tokens, 1 .. seq_len each. Items of equal length come in random order; packs are numbered in the order
     in which they were filled, so shuffle them before use. Number and fill of the packs depend on the lengths alone,
-    never on the generator. Raises nothing: longer or empty items are the caller's bug (assert).
+    never on the generator. Raises nothing: longer or empty rows are the caller's bug (assert).
 
-    Invariants (tests/unit/data/test_pack.py): every item once, whole, in a pack of at most seq_len tokens; no item of a
+    Invariants (tests/unit/data/test_pack.py): every row once, whole, in a pack of at most seq_len tokens; no row of a
     later pack would fit in an earlier one, so at most one pack is half empty or more.
 
-    Cost: a million items take about a second, at 8,192 tokens a pack about four, and some 50 bytes each.
+    Cost: a million rows take about a second, at 8,192 tokens a pack about four, and some 50 bytes each.
 
     >>> packs = pack(np.array([3, 6, 2, 5, 4]), 10, np.random.default_rng(0))
     >>> [packs.order[a:b].tolist() for a, b in zip(packs.starts, packs.starts[1:])]
     [[1, 4], [3, 0, 2]]
     """
-    num_items = len(lengths)
-    assert num_items > 0 and int(lengths.min()) > 0 and int(lengths.max()) <= seq_len
-    shuffled = generator.permutation(num_items)
+    num_rows = len(lengths)
+    assert num_rows > 0 and int(lengths.min()) > 0 and int(lengths.max()) <= seq_len
+    shuffled = generator.permutation(num_rows)
     by_length = shuffled[np.argsort(-lengths[shuffled].astype(np.int64), kind="stable")]
     negated, firsts, counts = np.unique(-lengths[by_length].astype(np.int64), return_index=True, return_counts=True)
     values = -negated  # longest first, as in by_length
     lengths_left = values[::-1].tolist()  # different lengths, shortest first
-    left = dict(zip(values.tolist(), counts.tolist(), strict=True))  # length -> items
+    left = dict(zip(values.tolist(), counts.tolist(), strict=True))  # length -> rows
     taken = dict(zip(values.tolist(), firsts.tolist(), strict=True))  # length -> its next place in by_length
-    pack_of = np.empty(num_items, dtype=np.int64)  # by place in by_length
+    pack_of = np.empty(num_rows, dtype=np.int64)  # by place in by_length
     num_packs = 0
     while lengths_left:
         fill = _fullest(lengths_left, left, seq_len)
@@ -77,17 +77,17 @@ def pack(lengths: NDArray[np.integer], seq_len: int, generator: np.random.Genera
 
 
 def _fullest(lengths_left: Sequence[int], left: Mapping[int, int], seq_len: int) -> dict[int, int]:
-    """Length -> count of the items of the next pack."""
+    """Length -> count of the rows of the next pack."""
     longest = lengths_left[-1]
     fill, space = {longest: 1}, seq_len - longest
 
     def spare(length: int) -> int:
-        """Copies of an item that can still be added."""
+        """Copies of an row that can still be added."""
         return min(left[length] - fill.get(length, 0), space // length)
 
     fitting = bisect_right(lengths_left, space)
     candidates = [lengths_left[at] for at in _spread(fitting, _MAX_CANDIDATES)]
-    reached, before = 1, []  # bit s: some items sum to s; the same before each candidate
+    reached, before = 1, []  # bit s: some rows sum to s; the same before each candidate
     for length in candidates:
         before.append(reached)
         for copies in _binary(spare(length)):

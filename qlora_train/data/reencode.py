@@ -18,18 +18,21 @@ from qlora_train.errors import DataError
 
 
 def read_rows(sources: Sequence[CachedSource], origins: Sequence[Origin]) -> list[Row]:
-    """Rows as they were written, in the order asked for. DataError where they are not there any more."""
-    rows: dict[int, Row] = {}
+    """Rows as they were written, in the order asked for. DataError where they are not there any more.
+
+    Pieces of one row (`data.overlong: split`) are the same row, which is read once.
+    """
+    rows: dict[Origin, Row] = {}
     for index, cached in enumerate(sources):
-        mine = [i for i, origin in enumerate(origins) if origin.source == index]
+        mine = list(dict.fromkeys(origin for origin in origins if origin.source == index))
         try:
-            found = cached.source.fetch([origins[i].locator for i in mine]) if mine else []
-            for i, columns in zip(mine, found, strict=True):
-                where = cached.source.place(origins[i].number)
-                rows[i] = parse_row(where, columns, cached.facts.row_format, cached.reading.columns)
+            found = cached.source.fetch([origin.locator for origin in mine]) if mine else []
+            for origin, columns in zip(mine, found, strict=True):
+                where = cached.source.place(origin.number)
+                rows[origin] = parse_row(where, columns, cached.facts.row_format, cached.reading.columns)
         except (SourceFault, RowFault) as fault:
             raise DataError(fault.what, fix=fault.fix, where=cached.source.name) from fault
-    return [rows[i] for i in range(len(origins))]
+    return [rows[origin] for origin in origins]
 
 
 class Reencoder:

@@ -14,10 +14,11 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
 
-from qlora_train.errors import ModelError, SecurityError
+from qlora_train.errors import MachineError, ModelError, SecurityError
 
 FROZEN_DATE = date(2024, 7, 26)  # what templates take for today; the date that Llama 3.1's own template falls back to
 ROW_SECONDS = 10.0  # for the renderings of one row
@@ -28,6 +29,7 @@ MAX_TEMPLATE_BYTES = 64 * 2**10
 TEMPLATE_FIX = "give a template that fits: `chat_template: FILE.jinja` in the recipe's model section"
 _WORKER = Path(__file__).with_name("sandbox_worker.py")
 _PIPE_BYTES = 2**20
+_SAID_CHARS = 500  # of what a worker says that does not start
 _LINE_CHARS = 2**20  # but for a row that is longer
 
 
@@ -104,6 +106,7 @@ class Sandbox:
         return replies
 
     def _start(self, where: str | None) -> list[dict[str, Any]]:
+        self._worker.wait_until_ready()
         self._worker.send(json.dumps(self._setup))
         try:
             (line,) = self._worker.receive(START_SECONDS)
@@ -154,15 +157,15 @@ class _Worker:
     def __init__(self) -> None:
         inherited = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
         self._process = subprocess.Popen(
-            [sys.executable, "-I", str(_WORKER)],
+            [sys.executable, "-I", "-W", "ignore", str(_WORKER), *_library_folders()],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,  # read where it does not start, and shut before a template is near
             env=inherited,  # no tokens, no secrets
             cwd="/",
             start_new_session=True,  # a Ctrl-C is for the parent, which ends the worker in its own time
         )
-        assert self._process.stdin and self._process.stdout
+        assert self._process.stdin and self._process.stdout and self._process.stderr
         self._in, self._out = self._process.stdin, self._process.stdout
         with contextlib.suppress(OSError):  # as large as the system lets it be
             fcntl.fcntl(self._out, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
@@ -170,6 +173,22 @@ class _Worker:
         self._partial: list[bytes] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
+
+    def wait_until_ready(self) -> None:
+        """Return when the worker has imported all that it needs. MachineError, in its own words, if it cannot."""
+        assert self._process.stderr
+        try:
+            self.receive(START_SECONDS)
+        except _GoneError:
+            self._process.kill()
+            said = " ".join(self._process.stderr.read().decode("utf-8", "replace").split())[-_SAID_CHARS:]
+            raise MachineError(
+                "the process that renders chat templates does not start: "
+                + (said or f"it ends with code {self._process.wait()} and says nothing"),
+                fix=f"reinstall Jinja2 beside {sys.executable}: pip install --force-reinstall jinja2 markupsafe",
+            ) from None
+        finally:
+            self._process.stderr.close()
 
     def send(self, line: str) -> None:
         """Write a line. Where the worker has ended, `receive` tells."""
@@ -207,6 +226,12 @@ class _Worker:
         while chunk:
             chunk = os.read(self._out.fileno(), _PIPE_BYTES)
             self._chunks.put(chunk)
+
+
+def _library_folders() -> list[str]:
+    """Where Jinja lies here; isolated from the environment, the worker knows no PYTHONPATH and no user's packages."""
+    specs = [find_spec(name) for name in ("jinja2", "markupsafe")]
+    return list(dict.fromkeys(str(Path(spec.origin).parents[1]) for spec in specs if spec and spec.origin))
 
 
 def _lines(requests: Sequence[str]) -> Iterator[str]:

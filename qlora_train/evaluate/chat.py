@@ -23,7 +23,7 @@ from qlora_train.data.problems import RowFault
 from qlora_train.data.rows import Message
 from qlora_train.data.template import Renderer
 from qlora_train.errors import ModelError
-from qlora_train.evaluate.tasks import end_token_ids, padded_left
+from qlora_train.evaluate.tasks import GREEDY, end_token_ids, padded_left, sampled
 
 BASE = "base"
 
@@ -44,7 +44,8 @@ class ChatSession:
         self._system = system
         # A model that was trained on plain prompts is given plain prompts.
         self._plain = not conversations or tokenizer.chat_template is None
-        # On the outside adapters go by the names of their runs; PEFT's own name for the first is fixed.
+        # Adapters go by the names of their runs here. PEFT's names are keys of an nn.ModuleDict, which takes neither
+        # a dot nor the name of an attribute of a module (`train`).
         self.adapters = {f"{name}-run" if name == BASE else name: ADAPTER_NAME} if isinstance(model, PeftModel) else {}
         name = next(iter(self.adapters), BASE)
         self.active = name
@@ -60,16 +61,17 @@ class ChatSession:
         """Load one more adapter onto the same base."""
         if not isinstance(self.model, PeftModel):
             raise ModelError("a merged model takes no adapter", fix="chat with a run folder instead")
-        if name in self.adapters or name in (BASE, ADAPTER_NAME):
+        if name in self.adapters or name == BASE:
             raise ModelError(f"an adapter cannot be named {name!r} here", fix="rename that run folder")
         config, tensors = load_adapter_config(folder), read_adapter_tensors(folder)
-        self.model.add_adapter(name, register_layers(config))
-        own = get_peft_model_state_dict(self.model, adapter_name=name, save_embedding_layers=False)
+        inner = f"further{len(self.adapters)}"
+        self.model.add_adapter(inner, register_layers(config))
+        own = get_peft_model_state_dict(self.model, adapter_name=inner, save_embedding_layers=False)
         if problems := describe_mismatch(own, tensors):
             raise ModelError(f"{folder}: {problems}", fix="use the base it was trained on")
-        set_peft_model_state_dict(self.model, tensors, adapter_name=name)
+        set_peft_model_state_dict(self.model, tensors, adapter_name=inner)
         check_attached(self.model)
-        self.adapters[name] = name
+        self.adapters[name] = inner
 
     def switch(self, name: str) -> None:
         """Let another adapter, or the base, answer from now on."""
@@ -116,9 +118,7 @@ class ChatSession:
     def _generate(self, prompt_ids: list[int], max_new_tokens: int, temperature: float, seed: int) -> Generator[str]:
         inputs = padded_left([prompt_ids], self.tokenizer.pad_token_id, self.model.device)
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        sampling: dict[str, Any] = (
-            {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-        )
+        sampling = sampled(temperature) if temperature > 0 else GREEDY
         failure: list[BaseException] = []
         stop = threading.Event()
 

@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from qlora_train.data.encode import Encoder
@@ -15,7 +16,7 @@ from qlora_train.data.problems import RowFault
 from qlora_train.data.split import Split
 from qlora_train.data.template import Renderer, last_question
 from qlora_train.evaluate.tasks import Question, TaskScores, answer, mean_scores
-from qlora_train.evaluate.validation import Validation, validate
+from qlora_train.evaluate.validation import TRAINED_FIX, Validation, validate
 from qlora_train.model.causal import CausalModel
 from qlora_train.recipe.schema import EvalSection
 
@@ -60,13 +61,16 @@ class SideScores:
 def questions_of(split: Split, tokenizer: Any, limit: int) -> list[Question]:
     """What the first rows of a split ask, of those that the loss is measured on.
 
-    Rows of plain text ask nothing. Others have no answer to compare with, as one whose last answer is not trained.
+    Rows of plain text ask nothing, and are not read: a long one stands in the table once for each of its pieces.
+    Others have no answer to compare with, as one whose last answer is not trained.
     """
     questions: list[Question] = []
     encoder = Encoder(tokenizer)
+    asking = [index for index, source in enumerate(split.sources) if source.facts.row_format != "text"]
+    indices = np.flatnonzero(np.isin(split.table.column("source"), asking)).tolist()
     with Renderer(tokenizer, "completion") as renderer:
-        for start in range(0, split.table.num_rows, _ROWS_AT_A_TIME):
-            for row in split.read(range(start, min(start + _ROWS_AT_A_TIME, split.table.num_rows))):
+        for start in range(0, len(indices), _ROWS_AT_A_TIME):
+            for row in split.read(indices[start : start + _ROWS_AT_A_TIME]):
                 if len(questions) == limit:
                     return questions
                 with suppress(RowFault):
@@ -85,12 +89,16 @@ def score_side(
     *,
     validation: Validation | None = None,
     questions: Sequence[Question] | None = None,
+    fix: str = TRAINED_FIX,
 ) -> SideScores:
-    """Measure the model as it is now. `validation` and `questions` save the work where they are known already."""
+    """Measure the model as it is now. `validation` and `questions` save the work where they are known already.
+
+    NumericsError with `fix` where the loss is not finite.
+    """
     device: torch.device = causal.head.weight_VH.device
     if validation is None:
         batches = eval_batches(split.table, section.batch_size, tokenizer.pad_token_id)
-        validation = validate(causal, batches, device)
+        validation = validate(causal, batches, device, fix=fix)
     if questions is None:
         questions = questions_of(split, tokenizer, section.generate_rows)
     answers = answer(

@@ -11,6 +11,42 @@ import torch
 
 from qlora_train.model.load import with_end_tokens
 
+# What a generation_config may ask for beside the model's own probabilities, as Qwen2.5-Instruct's does with a
+# repetition_penalty: switched off, since `generate` takes from there what it is not told (transformers 5.23).
+_RESHAPING = (
+    "min_p",
+    "top_h",
+    "typical_p",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "encoder_repetition_penalty",
+    "encoder_no_repeat_ngram_size",
+    "min_length",
+    "min_new_tokens",
+    "bad_words_ids",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "sequence_bias",
+    "guidance_scale",
+    "exponential_decay_length_penalty",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "watermarking_config",
+)
+_UNSHAPED: dict[str, Any] = {
+    **dict.fromkeys(_RESHAPING),
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+}
+GREEDY: dict[str, Any] = {**_UNSHAPED, "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+
+
+def sampled(temperature: float) -> dict[str, Any]:
+    """Arguments of `generate` that draw from softmax(logits / temperature), whole: no top_p, no top_k, no penalty."""
+    return {**_UNSHAPED, "do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
+
 
 @dataclass(frozen=True)
 class Question:
@@ -96,16 +132,13 @@ def answer(
 
 
 def generate_texts(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
-    """Greedy continuations of a batch of prompts, up to the end token."""
+    """The most likely token each time, whatever the model's generation_config asks for, up to an end token."""
     inputs = padded_left(prompts, tokenizer.pad_token_id, model.device)
     output = model.generate(
         **inputs,
         max_new_tokens=max_new_tokens,
-        do_sample=False,
+        **GREEDY,
         use_cache=True,
-        temperature=None,
-        top_p=None,
-        top_k=None,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=end_token_ids(model, tokenizer),
     )

@@ -12,6 +12,10 @@ from qlora_train.data.loader import MicroBatch
 from qlora_train.errors import NumericsError
 from qlora_train.model.causal import CausalModel
 
+# What to do about a loss that is not finite: of what training made, and of what it started from.
+TRAINED_FIX = "lower train.learning_rate and train again, or look at the held-out rows"
+BASE_FIX = "nothing is trained yet: look at the held-out rows, set model.compute_dtype: float32, or use another base"
+
 
 @dataclass(frozen=True)
 class Validation:
@@ -34,8 +38,13 @@ class Validation:
 
 
 @torch.inference_mode()
-def validate(causal: CausalModel, batches: Iterable[MicroBatch], device: torch.device) -> Validation:
-    """Run all batches without gradients, in eval mode, and leave the model in the mode it was in."""
+def validate(
+    causal: CausalModel, batches: Iterable[MicroBatch], device: torch.device, *, fix: str = TRAINED_FIX
+) -> Validation:
+    """Run all batches without gradients, in eval mode, and leave the model in the mode it was in.
+
+    NumericsError with `fix` where the loss is not finite.
+    """
     was_training = causal.model.training
     causal.model.eval()
     loss_sum, weight_sum, num_tokens, num_rows = 0.0, 0.0, 0, 0
@@ -48,7 +57,5 @@ def validate(causal: CausalModel, batches: Iterable[MicroBatch], device: torch.d
     finally:
         causal.model.train(was_training)
     if not math.isfinite(loss_sum):
-        raise NumericsError(
-            f"the held-out loss is {loss_sum}", fix="lower train.learning_rate; the newest checkpoint is the one before"
-        )
+        raise NumericsError(f"the held-out loss is {loss_sum}", fix=fix)
     return Validation(loss_sum, weight_sum, num_tokens, num_rows)

@@ -16,7 +16,7 @@ from qlora_train.artifacts.files import read_json
 from qlora_train.artifacts.layout import RunDir
 from qlora_train.data.fates import Side
 from qlora_train.data.split import Split, load_split
-from qlora_train.errors import DataError, ModelError
+from qlora_train.errors import DataError, ModelError, RecipeError
 from qlora_train.model.binding import check_published, read_base, read_binding, refuse_changed_recipe, refuse_other_base
 from qlora_train.model.load import Base, add_end_tokens, load_recipe_base
 from qlora_train.model.skeleton import load_config, load_tokenizer, template_digest, tokenizer_digest
@@ -92,6 +92,25 @@ class FinishedRun:
         return split
 
 
+def _refuse_other_reading(stored: Recipe, recipe: Recipe) -> None:
+    """RecipeError where rows that `data.split` held out would be read in another way than in the training.
+
+    The split ranks rows by what they ask. Read otherwise they ask something else, and rows that were trained on would
+    pass for held-out ones.
+    """
+    if recipe.data.split is None:
+        return
+    for key in ("format", "columns"):
+        then, now = getattr(stored.data, key), getattr(recipe.data, key)
+        if then != now:
+            raise RecipeError(
+                f"the rows of this run were held out by data.split: {recipe.data.split}, which goes by what each row "
+                f"asks, read with data.{key}: {then}; with {now} rows that were trained on would be among them",
+                fix=f"leave data.{key} as it was, or name held-out rows: data.eval=FILE",
+                where=f"data.{key}",
+            )
+
+
 @dataclass(frozen=True)
 class Trained:
     """A run's base and adapter on the device."""
@@ -124,6 +143,7 @@ def open_run(folder: Path, overrides: Sequence[str] = (), *, sections: Sequence[
     recipe = with_overrides(stored, overrides, sections)
     if recipe.data.eval and recipe.data.split is not None:  # held-out rows of its own, named for this occasion
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"split": None})})
+    _refuse_other_reading(stored, recipe)
     base_print, commit = read_base(run_dir)
     if base_print.digest != binding.get("base"):
         raise ModelError(

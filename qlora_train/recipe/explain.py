@@ -12,7 +12,7 @@ from pydantic_core import ErrorDetails
 
 from qlora_train.errors import Problem
 from qlora_train.recipe.advice import nearest
-from qlora_train.recipe.reader import Node, Unusable, dump_value, printable
+from qlora_train.recipe.reader import Node, Unusable, dump_value, one_line
 from qlora_train.recipe.schema import Recipe, Section
 
 _RANGE_ERRORS = {"greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number"}
@@ -97,8 +97,8 @@ def _locate(
         elif option["type"] == "object" and isinstance(node.value, dict) and part in node.value:
             key, value = node.value[str(part)]
             if part not in option.get("properties", {}) and "properties" in option:
-                return f"{dotted}.{printable(str(part))}", option, key, (*done, part)
-            dotted, node = f"{dotted}.{printable(str(part))}", value
+                return f"{dotted}.{one_line(str(part))}", option, key, (*done, part)
+            dotted, node = f"{dotted}.{one_line(str(part))}", value
             shape = option.get("properties", {}).get(part) or option.get("additionalProperties") or {}
         elif option["type"] == "object" and part == "path" and isinstance(node.value, str):
             shape = option["properties"]["path"]
@@ -133,7 +133,7 @@ def _value_problem(dotted: str, shape: Mapping[str, Any], node: Node, error: Err
 
 def _as_list(shape: Mapping[str, Any], value: str) -> str:
     """How to write a string where a list of strings may stand too: `q_proj,v_proj` as `[q_proj, v_proj]`."""
-    names = [printable(name) for name in re.split(r"[,\s]+", value.strip("[]() ")) if name]
+    names = [one_line(name) for name in re.split(r"[,\s]+", value.strip("[]() ")) if name]
     arrays = [option for option in shape.get("anyOf", []) if option.get("type") == "array"]
     takes_names = any(option["items"].get("type") == "string" for option in arrays)
     return f": write [{', '.join(names)}]" if takes_names and names else ""

@@ -18,7 +18,7 @@ from qlora_train.recipe.advice import KEYS, advise_key, advise_section, list_key
 from qlora_train.recipe.explain import explain, section_model, shapes_of
 from qlora_train.recipe.methods import METHODS
 from qlora_train.recipe.partial import partial_section
-from qlora_train.recipe.reader import Node, printable
+from qlora_train.recipe.reader import Node, one_line
 from qlora_train.recipe.schema import Recipe, Section
 from qlora_train.recipe.validate import cross_check
 
@@ -127,7 +127,7 @@ def resolved_yaml(loaded: LoadedRecipe) -> str:
     for section, values in cast(dict[str, dict[str, object]], recipe_as_dict(loaded.recipe)).items():
         lines.append(f"{section}:")
         for key, value in values.items():
-            origin = printable(loaded.origins[f"{section}.{key}"], limit=1000)
+            origin = one_line(loaded.origins[f"{section}.{key}"], limit=1000)
             lines.append(f"  {key}: {reader.dump_value(value)}  # {origin}")
     return "\n".join(lines) + "\n"
 
@@ -145,7 +145,7 @@ def _raise_if_any(problems: list[Problem]) -> None:
 def _display(given: Path, file: Path) -> str:
     """The path relative to the current folder when below it, else as given; nothing a terminal would act on."""
     shown = os.path.relpath(file) if file.is_relative_to(Path.cwd()) else str(given)
-    return printable(shown, limit=1000)
+    return one_line(shown, limit=1000)
 
 
 def _read(file: Path, source: str, folder: Path | None) -> _Draft:
@@ -210,7 +210,7 @@ def _read_section(draft: _Draft, name: str, key: Node, value: Node, at: _Setting
     if name not in KEYS:
         fix, section = advise_section(name) if len(draft.problems) < MAX_ADVICE else ("remove it", None)
         fix = "merge keys are not supported: write the keys out" if name == "<<" else fix
-        draft.add(f"{printable(name)}: unknown section", fix, at.at(key))
+        draft.add(f"{one_line(name)}: unknown section", fix, at.at(key))
         section = None if section in present else section  # a misspelt section is read as the one it was meant to be
     if section is None or section in draft.sections:
         return
@@ -244,7 +244,7 @@ def _read_key(draft: _Draft, section: str, key: str, where: str, setting: _Setti
         fix = "remove it" if section in draft.listed else fix
         draft.listed.add(section)
     draft.meant.update(meant)
-    draft.add(f"{section}.{printable(key)}: unknown key", fix, where)
+    draft.add(f"{section}.{one_line(key)}: unknown key", fix, where)
 
 
 def _apply_overrides(draft: _Draft, overrides: Sequence[str]) -> None:
@@ -252,9 +252,9 @@ def _apply_overrides(draft: _Draft, overrides: Sequence[str]) -> None:
     for override in overrides:
         dotted, equals, text = override.partition("=")
         section, dot, key = (part.strip() for part in dotted.partition("."))
-        name = printable(dotted.strip())
+        name = one_line(dotted.strip())
         if not equals:
-            draft.add(f"{printable(override)}: an override without a value", "write section.key=value", COMMAND_LINE)
+            draft.add(f"{one_line(override)}: an override without a value", "write section.key=value", COMMAND_LINE)
         elif section not in KEYS:
             draft.add(f"{name}: unknown section", advise_section(section)[0], COMMAND_LINE)
         elif not dot:

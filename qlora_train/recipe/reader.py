@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from qlora_train.errors import Problem, RecipeError
-from qlora_train.printable import find_secret
+from qlora_train.printable import find_secret, printable
 from qlora_train.recipe.sources import is_hub_id
 
 MAX_BYTES = 2**20
@@ -50,10 +50,10 @@ class Node:
     def shown(self) -> str:
         """`written` on one line of bounded length, with nothing that a terminal would act on."""
         if isinstance(self.value, list):
-            return printable("[" + ", ".join(item.written for item in self.value[:20]) + "]")
+            return one_line("[" + ", ".join(item.written for item in self.value[:20]) + "]")
         if isinstance(self.value, dict):
-            return printable("{" + ", ".join(f"{key}: ..." for key in list(self.value)[:20]) + "}")
-        return printable(self.written) or "an empty value"
+            return one_line("{" + ", ".join(f"{key}: ..." for key in list(self.value)[:20]) + "}")
+        return one_line(self.written) or "an empty value"
 
 
 class _Loader(yaml.SafeLoader):
@@ -70,7 +70,7 @@ class _Loader(yaml.SafeLoader):
         if getattr(event, "anchor", None):
             reason = "anchors, aliases and merge keys (&, *, <<) are not supported"
         elif tag:
-            tag = printable(tag.replace("tag:yaml.org,2002:", "!!"))
+            tag = one_line(tag.replace("tag:yaml.org,2002:", "!!"))
             reason = f"the tag {tag} is not allowed: a recipe is plain data"
         elif self.depth > MAX_DEPTH:
             reason = f"more than {MAX_DEPTH} levels of nesting"
@@ -104,11 +104,10 @@ def _represent_str(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
 _Dumper.add_representer(str, _represent_str)
 
 
-def printable(text: str, limit: int = 80) -> str:
-    """The text on one line, cut to `limit`, control and bidirectional characters escaped."""
+def one_line(text: str, limit: int = 80) -> str:
+    """The text on one line, cut to `limit`, as `printable`."""
     line = " ".join(text.split())
-    line = line if len(line) <= limit else line[: limit - 3] + "..."
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)
+    return printable(line if len(line) <= limit else line[: limit - 3] + "...")
 
 
 def forbidden_character(text: str) -> str | None:
@@ -176,7 +175,7 @@ def _syntax_problem(error: yaml.MarkedYAMLError, text: str, source: str) -> Prob
         what += f" ({error.context} that starts at line {error.context_mark.line + 1})"
     lines = text.splitlines()
     if mark.line < len(lines) and lines[mark.line].strip():
-        what += f"; the line reads: {printable(lines[mark.line])}"
+        what += f"; the line reads: {one_line(lines[mark.line])}"
     fix = "write one document of `section:` lines, with `key: value` lines indented below them"
     if "'\\t'" in what:
         fix = "indent with spaces: YAML allows no tabs"
@@ -198,7 +197,7 @@ def _convert(node: yaml.Node, text: str, source: str, problems: list[Problem], p
         value = _scalar(node.tag, node.value)
         bad = forbidden_character(node.value)
         if bad:
-            what = f"{printable('.'.join(path))}: the text contains the character {bad}"
+            what = f"{one_line('.'.join(path))}: the text contains the character {bad}"
             place = f"{source}:{start.line + 1}:{start.column + 1}"
             raise RecipeError(what, fix="write it on one line, as plain text", where=place)
     return Node(value, text[start.index : end.index].strip(), start.line + 1, start.column + 1)
@@ -216,7 +215,7 @@ def _convert_mapping(
             problems.append(Problem("a key is a list or a mapping", "write keys as plain names", place))
         elif key_node.value in pairs:
             first = pairs[key_node.value][0].line
-            what = f"{printable('.'.join(here))}: given twice, at line {first} and at line {key.line}"
+            what = f"{one_line('.'.join(here))}: given twice, at line {first} and at line {key.line}"
             problems.append(Problem(what, "keep one of them", place))
         else:
             pairs[key_node.value] = (key, value)

@@ -13,7 +13,7 @@ from qlora_train.recipe.adapter import ADAPTER_CHECKS, check_rule
 from qlora_train.recipe.advice import near_files, nearest
 from qlora_train.recipe.origins import Origins, at, is_given, place_of
 from qlora_train.recipe.partial import Unread
-from qlora_train.recipe.reader import kind_of, printable
+from qlora_train.recipe.reader import kind_of, one_line
 from qlora_train.recipe.schema import Recipe, SourceSection
 from qlora_train.recipe.sources import COLUMN_NAMES
 
@@ -91,6 +91,18 @@ def _eval_without_data(recipe: Recipe, origins: Origins) -> Iterator[Problem]:
             yield Problem(what, fix, place_of(origins, dotted))
 
 
+def _answers_off(recipe: Recipe, origins: Origins) -> Iterator[Problem]:
+    """The length of answers where none are generated. `eval.generate_rows=0` in an override leaves a file as it is."""
+    dotted, switch = "eval.max_new_tokens", "eval.generate_rows"
+    if recipe.eval.generate_rows or not is_given(origins, dotted):
+        return
+    if is_given(origins, switch) and ":" not in origins[switch] and ":" in origins[dotted]:
+        return
+    placed = f" ({at(origins, switch)})" if is_given(origins, switch) else ""
+    what = f"{dotted} has no effect: {switch} is 0{placed}, and no answer is generated"
+    yield Problem(what, "remove max_new_tokens, or set generate_rows to some", place_of(origins, dotted))
+
+
 def _loss_on_text(recipe: Recipe, origins: Origins) -> Iterator[Problem]:
     """A choice between answers where no source has any. Where one has, text rows beside it are trained whole."""
     data = recipe.data
@@ -164,7 +176,7 @@ def _column_names(recipe: Recipe, origins: Origins) -> Iterator[Problem]:
                 close = nearest(ours, COLUMN_NAMES)
                 fix = f"did you mean {' or '.join(close)}? " if close else ""
                 fix += f"Write our name first, then the file's. Ours are: {', '.join(COLUMN_NAMES)}"
-                yield Problem(f"{name}: no format has a column {printable(ours)!r}", fix, place_of(origins, key))
+                yield Problem(f"{name}: no format has a column {one_line(ours)!r}", fix, place_of(origins, key))
 
 
 def _attention_of_packs(recipe: Recipe, origins: Origins) -> Iterator[Problem]:
@@ -305,6 +317,7 @@ _CHECKS: tuple[Callable[[Recipe, Origins], Iterator[Problem]], ...] = (
     check_rule,
     _export_base,
     _eval_without_data,
+    _answers_off,
     _two_held_out,
     _source_keys,
     _column_names,

@@ -10,6 +10,7 @@ from typing import TypeVar
 import yaml
 from pydantic import ValidationError
 
+from qlora_train.adapters.state import load_adapter_config
 from qlora_train.artifacts.folders import manifest_faults, read_manifest
 from qlora_train.artifacts.layout import RunDir
 from qlora_train.errors import RecipeError, UserError
@@ -44,6 +45,7 @@ class Adapter:
     is_published: bool
     sha256: str  # of its weights
     norms: tuple[ModuleNorm, ...]
+    trains_factors: bool = True  # A and B of the norms are what trained, not an update folded into two factors
 
 
 @dataclass(frozen=True)
@@ -233,7 +235,8 @@ def _read_adapter(folder: Path, *, is_published: bool) -> Adapter:
     _refuse_damaged(folder)
     manifest = shapes.AdapterManifest.model_validate(read_manifest(folder))
     sha256 = manifest.files["adapter_model.safetensors"].sha256
-    return Adapter(manifest.step, is_published, sha256, module_norms(folder))
+    is_plain = load_adapter_config(folder).method.form == "plain"
+    return Adapter(manifest.step, is_published, sha256, module_norms(folder), is_plain)
 
 
 def _refuse_damaged(folder: Path) -> None:

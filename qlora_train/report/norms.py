@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
-
+from qlora_train.adapters.arithmetic import norm
 from qlora_train.adapters.fold import read_updates
+from qlora_train.adapters.module_names import layer_of, name_of
 from qlora_train.adapters.state import load_adapter_config
 from qlora_train.adapters.updates import Delta
 
@@ -25,17 +25,13 @@ class ModuleNorm:
 
     @property
     def layer(self) -> int | None:
-        """The first number in the module's name; None outside the layers.
-
-        >>> ModuleNorm("model.layers.12.mlp.experts.3.up_proj", 1, 1, 1).layer, ModuleNorm("lm_head", 1, 1, 1).layer
-        (12, None)
-        """
-        return next((int(part) for part in self.module.split(".") if part.isdecimal()), None)
+        """The layer that the module lies in; None outside of the layers."""
+        return layer_of(self.module)
 
     @property
     def name(self) -> str:
         """The last part of the module's name."""
-        return self.module.rpartition(".")[2]
+        return name_of(self.module)
 
 
 @dataclass(frozen=True)
@@ -48,18 +44,6 @@ class NormGrid:
     names: tuple[str, ...]
     layers: tuple[int, ...]
     values: tuple[tuple[float | None, ...], ...]
-
-
-def delta_norm(lora_A: Tensor, lora_B: Tensor, scaling: float) -> float:
-    """||scaling * B A|| of A (r, in) and B (out, r), without the product: |scaling| * sqrt(tr(B^T B  A A^T)).
-
-    In float64; r^2 (in + out) multiplications, and two r x r matrices of memory. Held against the dense product by
-    tests/unit/report/test_norms.py.
-    """
-    wide_A, wide_B = lora_A.double(), lora_B.double()
-    # Both Gram matrices are symmetric, so the trace of their product is the sum of their elementwise product.
-    squared = float(((wide_B.T @ wide_B) * (wide_A @ wide_A.T)).sum())
-    return abs(scaling) * math.sqrt(max(squared, 0.0))
 
 
 def module_norms(adapter: Path) -> tuple[ModuleNorm, ...]:
@@ -76,18 +60,17 @@ def module_norms(adapter: Path) -> tuple[ModuleNorm, ...]:
         if not isinstance(delta, Delta):  # a table of the vocabulary
             continue
         norm_A, norm_B = (float(factor.double().norm()) for factor in (delta.lora_A, delta.lora_B))
-        delta_weight = delta_norm(delta.lora_A, delta.lora_B, delta.scaling)
-        norms.append(ModuleNorm(name.removesuffix(".weight"), norm_A, norm_B, delta_weight))
-    return tuple(sorted(norms, key=lambda norm: (norm.layer is None, norm.layer or 0, norm.module)))
+        norms.append(ModuleNorm(name.removesuffix(".weight"), norm_A, norm_B, norm(delta)))
+    return tuple(sorted(norms, key=lambda one: (one.layer is None, one.layer or 0, one.module)))
 
 
 def norm_grid(norms: Sequence[ModuleNorm], factor: str = "delta_weight") -> NormGrid:
     """One of the norms (`lora_A`, `lora_B`, `delta_weight`) by layer and name, of the modules inside the layers."""
     cells: dict[tuple[str, int], float] = {}
-    for norm in norms:
-        if norm.layer is not None:
-            key = (norm.name, norm.layer)
-            cells[key] = math.hypot(cells.get(key, 0.0), getattr(norm, factor))
+    for one in norms:
+        if one.layer is not None:
+            key = (one.name, one.layer)
+            cells[key] = math.hypot(cells.get(key, 0.0), getattr(one, factor))
     names = tuple(dict.fromkeys(name for name, _ in cells))
     layers = tuple(sorted({layer for _, layer in cells}))
     return NormGrid(names, layers, tuple(tuple(cells.get((name, layer)) for layer in layers) for name in names))

@@ -92,9 +92,10 @@ def _top(runs: Sequence[RunFacts]) -> dict[str, float]:
 
 _FACTORS = {
     "delta_weight": ("||scaling \N{MIDDLE DOT} B A||", "The update of the weights. "),
-    "lora_A": ("||A||", "Random at the start. "),
+    "lora_A": ("||A||", "Random at the start of plain LoRA. "),
     "lora_B": ("||B||", "Zero at the start of plain LoRA. "),
 }
+_FOLDED = "Of the update as one product of two factors; what trained were others. "
 
 
 def _norms(run: RunFacts, slug: str, top: dict[str, float]) -> Json | None:
@@ -105,7 +106,13 @@ def _norms(run: RunFacts, slug: str, top: dict[str, float]) -> Json | None:
     whole = sum(value * value for row in grid.values for value in row if value is not None) or 1.0
     maps: list[Chart | None] = [
         heat_map(
-            run.adapter.norms, factor, top[factor], f"{slug}-{factor}", title, f"{note}Full colour: {top[factor]:.3g}."
+            run.adapter.norms,
+            factor,
+            top[factor],
+            f"{slug}-{factor}",
+            title,
+            f"{note if run.adapter.trains_factors or factor == 'delta_weight' else _FOLDED}"
+            f"Full colour: {top[factor]:.3g}.",
         )
         for factor, (title, note) in _FACTORS.items()
     ]

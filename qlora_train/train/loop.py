@@ -8,7 +8,7 @@ from functools import partial
 from qlora_train.data.loader import Loader, eval_batches
 from qlora_train.data.table import TokenTable
 from qlora_train.errors import Interrupted, NumericsError, ResumeError
-from qlora_train.evaluate.validation import Validation, validate
+from qlora_train.evaluate.validation import TRAINED_FIX, Validation, validate
 from qlora_train.train.checkpoint import Checkpoint, retire_old, save_checkpoint, when_there_is_room
 from qlora_train.train.flight import FlightRecorder, trained_values_are_finite
 from qlora_train.train.job import Job
@@ -204,7 +204,10 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def evaluate_now(job: Job, table: TokenTable, stop: StopRequest | None = None) -> Validation:
-    """The held-out loss of the model as it is; Interrupted between two batches when `stop` is asked for."""
+def evaluate_now(job: Job, table: TokenTable, stop: StopRequest | None = None, *, fix: str = TRAINED_FIX) -> Validation:
+    """The held-out loss of the model as it is; Interrupted between two batches when `stop` is asked for.
+
+    NumericsError with `fix` where it is not finite.
+    """
     batches = eval_batches(table, job.recipe.eval.batch_size, job.pad_token_id)
-    return validate(job.causal, stop.until_stopped(batches) if stop else batches, job.accelerator.device)
+    return validate(job.causal, stop.until_stopped(batches) if stop else batches, job.accelerator.device, fix=fix)

@@ -21,7 +21,7 @@ from qlora_train.artifacts.files import TEMPORARY_PREFIX, explained, fsync_file
 from qlora_train.artifacts.layout import RunDir
 from qlora_train.data.loader import MicroBatch, eval_batches
 from qlora_train.evaluate.tasks import Question, generate_texts
-from qlora_train.evaluate.validation import validate
+from qlora_train.evaluate.validation import BASE_FIX, TRAINED_FIX, validate
 from qlora_train.memory.available import host_free_bytes
 from qlora_train.memory.live import LiveBytes
 from qlora_train.memory.meta import base_tensors
@@ -62,7 +62,8 @@ def rehearse(
         done.append(f"a micro-batch of {_shape(batches.training)}")
         if batches.evaluation is not None:
             with _counted(prepared, state, memory, "evaluation", "the largest evaluation batch"):
-                validate(job.causal, [batches.evaluation], job.accelerator.device)
+                fix = TRAINED_FIX if state.step else BASE_FIX
+                validate(job.causal, [batches.evaluation], job.accelerator.device, fix=fix)
             done.append(f"an evaluation of {_shape(batches.evaluation)}")
         if questions:
             with _counted(prepared, state, memory, "generation", "the longest answers"):

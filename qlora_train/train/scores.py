@@ -12,7 +12,7 @@ from qlora_train.artifacts.layout import RunDir
 from qlora_train.errors import ResumeError
 from qlora_train.evaluate.sides import SideScores, questions_of, score_side
 from qlora_train.evaluate.tasks import Question
-from qlora_train.evaluate.validation import Validation
+from qlora_train.evaluate.validation import BASE_FIX, TRAINED_FIX, Validation
 from qlora_train.train.checkpoint import find_checkpoint
 from qlora_train.train.loop import evaluate_now
 from qlora_train.train.memory import MemoryLog
@@ -39,7 +39,7 @@ class Scorer:
         if resumed and (stored := self._stored())["measured_on"] == self._measured_on():
             return SideScores.from_dict(stored["base"])
         with untrained(self._job.model):
-            scores = self._score(None, "of the base")
+            scores = self._score(None, "of the base", BASE_FIX)
         self._job.reporter.evaluation(0, scores.loss)
         return scores
 
@@ -57,7 +57,7 @@ class Scorer:
             validation = None
         if self._split is None:
             return None
-        scores = self._score(validation, "of the adapter")
+        scores = self._score(validation, "of the adapter", TRAINED_FIX)
         write_json(job.run_dir.evaluation, {**read_json(job.run_dir.evaluation), "adapter": scores.as_dict()})
         return scores
 
@@ -72,12 +72,12 @@ class Scorer:
             )
             state.best_step = state.best_eval_loss = None
 
-    def _score(self, validation: Validation | None, whose: str) -> SideScores:
+    def _score(self, validation: Validation | None, whose: str, fix: str) -> SideScores:
         job, split = self._job, self._split
         assert split is not None
         if validation is None:
             with self._memory.during("evaluation", f"in the evaluation {whose}"):
-                validation = evaluate_now(job, split.table)
+                validation = evaluate_now(job, split.table, fix=fix)
         with self._memory.during("generation", f"while the answers {whose} were generated"):
             return score_side(
                 job.causal,

@@ -209,11 +209,11 @@ def test_chat_answers_from_run_export_and_base(
         assert outcome.out.strip(), where
     import io
 
-    typed = ["list files number 3", "/base", "/clear", "list files number 3", "/adapter x", "/bad", "/exit"]
+    typed = ["list files number 3", "/base", "/clear", "list files number 3", "/adapter x", "/clear all", "/exit"]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(typed) + "\n"))
     outcome = run_cli("chat", folder / "run", "--max-new-tokens", "6", "--system", "be brief")
     assert outcome.code == 0, outcome.err
-    assert "base answers" in outcome.err and "no adapter 'x'" in outcome.err and "unknown command /bad" in outcome.err
+    assert "base answers" in outcome.err and "no adapter 'x'" in outcome.err and "/clear stands alone" in outcome.err
     first, second = outcome.out.split("\n")[:2]
     assert first != second, "the adapter and the base answer differently"
 

@@ -296,6 +296,8 @@ def test_a_run_is_measured_on_the_rows_that_it_held_out(tmp_path: Path, tiny_lla
     other = run_cli("eval", run, "--rows", tmp_path / "test.jsonl", "--json")
     assert other.code == 0 and json.loads(other.out)["adapter"]["num_rows"] == 6, other.err
     refused(run_cli("eval", run, "data.split=50%"), 2, "data.split: cannot be changed here")
+    for change in ("data.format=text", "data.columns={prompt: messages}"):
+        refused(run_cli("eval", run, change), 2, "goes by what each row asks", "name held-out rows: data.eval=FILE")
     write_rows(tmp_path / "train.jsonl", chat_rows(30))
     refused(run_cli("eval", run), 3, "train.jsonl has changed since", "data.eval=FILE")
     refused(run_cli("export", run, tmp_path / "out"), 3, "train.jsonl has changed since")

@@ -17,6 +17,7 @@ from qlora_train.adapters.state import WEIGHTS, save_adapter
 from qlora_train.adapters.updates import Difference
 from qlora_train.errors import ModelError
 from qlora_train.quant.fingerprint import print_base
+from qlora_train.train.optim import parameter_groups
 from tests.loading import tiny_base
 from tests.methods.cases import IDS, build, section_of
 from tests.tiny import build_tiny_llama, build_tiny_neox
@@ -78,6 +79,24 @@ def test_a_difference_too_small_for_bfloat16_still_acts(tiny_dir: Path) -> None:
     assert after.dtype == torch.bfloat16
     assert float(after.double().abs().sum() / before.double().abs().sum()) == pytest.approx(1.003, abs=3e-4)
     assert torch.equal((base.weight + 0.001).to(torch.bfloat16), base.weight)
+
+
+def test_differences_decay_to_the_base(tiny_dir: Path) -> None:
+    (group,) = parameter_groups(build(tiny_dir, section_of("delta")).model, section_of("delta"))
+    assert group.decays and {parameter.ndim for parameter in group.parameters} == {1}
+
+
+def test_the_difference_of_a_bias_is_added_before_it_is_rounded(tmp_path: Path) -> None:
+    """Just above half a step of bfloat16 at 1; rounded by itself it is half a step, and the sum goes down to 1."""
+    section = section_of("delta", parameters=("bias",))
+    case = build(build_tiny_neox(tmp_path / "neox"), section, fused=False, quant_type="none")
+    layer = next(one for one in adapted_layers(case.model).values() if isinstance(one, DeltaLayer))
+    base: Any = layer.get_base_layer().to(torch.bfloat16)
+    with torch.no_grad():
+        base.weight.zero_()
+        base.bias.fill_(1.0)
+        layer.lora_delta_bias["default"].fill_(2**-8 * 1.0005)
+    assert float(layer(torch.ones(1, base.in_features, dtype=torch.bfloat16))[0, 0]) == 1 + 2**-7
 
 
 @pytest.mark.parametrize(

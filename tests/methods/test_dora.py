@@ -13,6 +13,8 @@ from qlora_train.adapters.forms.base import base_weight, layer_tensors
 from qlora_train.adapters.forms.dora import MAGNITUDE, row_norms
 from qlora_train.adapters.layers import layer_update, lora_layers
 from qlora_train.adapters.state import save_adapter
+from qlora_train.recipe.schema import TrainSection
+from qlora_train.train.optim import build_optimizer, parameter_groups, trainable_parameters
 from tests.loading import tiny_base
 from tests.methods.cases import IDS, build, gradients_of, one_layer, section_of, shake
 
@@ -55,6 +57,22 @@ def test_the_norm_is_detached() -> None:
         expected[live] = leaf.grad
     torch.testing.assert_close(found["lora_B"], expected[False], rtol=1e-4, atol=1e-4)
     assert float((found["lora_B"] - expected[True]).norm() / expected[True].norm()) > 1e-2
+
+
+def test_magnitudes_do_not_decay(tiny_dir: Path) -> None:
+    """With no gradient a step of decay alone moves A and B, and leaves every row of the weight its length."""
+    section = section_of("dora")
+    model = build(tiny_dir, section).model
+    before = {name: p.detach().clone() for name, p in trainable_parameters(model).items()}
+    optimizer = build_optimizer(model, TrainSection(learning_rate=0.1, weight_decay=0.5), section)
+    for parameter in trainable_parameters(model).values():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    moved = {name for name, p in trainable_parameters(model).items() if not torch.equal(p, before[name])}
+    assert moved == {name for name in before if "lora_A" in name}, "B is zero"
+    groups = {group.name: group for group in parameter_groups(model, section)}
+    assert list(groups) == ["adapter", "vector"] and not groups["vector"].decays
+    assert len(groups["vector"].parameters) == sum("magnitude" in name for name in before) > 0
 
 
 @pytest.mark.parametrize("fused", [True, False])

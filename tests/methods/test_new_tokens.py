@@ -320,6 +320,9 @@ def test_whoever_reads_an_adapter_knows_the_rows(kind: str, trained: tuple[Path,
 @pytest.mark.slow
 def test_4_bit_formats_hold_the_rows(trained: tuple[Path, Outcome], tmp_path: Path) -> None:
     """Embedding and head stay bfloat16 in both; what 4 bits cost the layers is accepted here."""
+    adapter = load_file(trained[0] / "run" / "adapter" / "adapter_model.safetensors")
+    rows = adapter["base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"]
+    published = []
     for name in ("nf4", "w4a16"):
         outcome = run_cli("export", trained[0] / "run", tmp_path / name, "--format", name, "export.max_kl=50")
         if outcome.code:  # nothing of the training is left: refused with the figures, after it was read back
@@ -328,6 +331,12 @@ def test_4_bit_formats_hold_the_rows(trained: tuple[Path, Outcome], tmp_path: Pa
         stored = load_file(tmp_path / name / "model.safetensors")["model.embed_tokens.weight"]
         config = json.loads((tmp_path / name / "config.json").read_text())
         assert config["vocab_size"] == len(stored)
+        ids = AutoTokenizer.from_pretrained(tmp_path / name).convert_tokens_to_ids(
+            ["<|endoftext|>", "<tool>", "</tool>"]
+        )
+        assert torch.equal(stored[ids], rows.to(torch.bfloat16)), name
+        published.append(name)
+    assert published, "none was refused for what 4 bits cost"
 
 
 def test_the_plan_counts_the_rows(tiny_llama_dir: Path, tmp_path: Path) -> None:

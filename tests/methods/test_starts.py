@@ -42,7 +42,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     generator = torch.Generator().manual_seed(5)
     for name, tensor in tensors.items():
         if name.endswith("_proj.weight"):
-            left, right = torch.randn(tensor.shape[0], 3, generator=generator), torch.randn(3, tensor.shape[1])
+            left = torch.randn(tensor.shape[0], 3, generator=generator)
+            right = torch.randn(3, tensor.shape[1], generator=generator)
             tensors[name] = (tensor.float() + 0.01 * left @ right).to(torch.bfloat16)
     save_file(tensors, path, metadata={"format": "pt"})
     return made

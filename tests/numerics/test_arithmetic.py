@@ -83,6 +83,14 @@ def test_an_adapter_minus_itself_is_nothing() -> None:
     assert norm(concatenated([update, folded(update)], [1, -1])) < 1e-7 * norm(update), "folding rounds to float32"
 
 
+def test_the_norm_of_factors_that_nearly_cancel_is_the_dense_one() -> None:
+    """A's two rows differ by 1e-6: through tr(B^T B A A^T) four digits would be left of it."""
+    a, b = torch.randn(1, 40, dtype=torch.float64), torch.randn(30, 1, dtype=torch.float64)
+    change = 1e-6 * torch.randn(1, 40, dtype=torch.float64)
+    update = Delta(torch.cat([a, a + change]), torch.cat([b, -b], dim=1), -2.0)
+    assert norm(update) == pytest.approx(2 * float((b @ change).norm()), rel=1e-8)
+
+
 @given(seed=st.integers(0, 50))
 def test_inner_product_is_the_dense_one(seed: int) -> None:
     first, second = delta(12, 3, 17, 2.0, seed), delta(12, 5, 17, -0.5, seed + 1000)

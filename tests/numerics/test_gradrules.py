@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_train.adapters.gradrules import LoraProAdamW, LoraProRule, Pair, lora_pro
+from qlora_train.errors import NumericsError
 
 SCALING = 2.0
 
@@ -132,6 +133,19 @@ def test_full_mode_moves_the_weight_along_adams_direction() -> None:
     state = optimizer.state[pair.lora_B]
     assert state["exp_avg"].shape == state["exp_avg_sq"].shape == (32, 24) and pair.lora_A not in optimizer.state
     assert torch.allclose(state["exp_avg"], 0.1 * seen, rtol=1e-5, atol=1e-7)
+
+
+def test_full_mode_moves_nothing_by_numbers_that_are_not_finite() -> None:
+    """The first pair is sound, the second is not: neither moves, and no moment has seen anything."""
+    pairs = [pair_with_gradients()[0], pair_with_gradients()[0]]
+    assert pairs[1].lora_B.grad is not None
+    pairs[1].lora_B.grad[0, 0] = torch.inf
+    before = [p.detach().clone() for pair in pairs for p in (pair.lora_A, pair.lora_B)]
+    optimizer = LoraProAdamW(pairs, lr=0.01, betas=(0.9, 0.999), weight_decay=0.5)
+    with pytest.raises(NumericsError, match="LoRA-Pro"):
+        optimizer.step()
+    after = [p for pair in pairs for p in (pair.lora_A, pair.lora_B)]
+    assert all(torch.equal(p, old) for p, old in zip(after, before, strict=True)) and not optimizer.state
 
 
 def test_full_mode_decays_and_refuses_a_closure() -> None:

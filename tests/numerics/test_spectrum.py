@@ -74,6 +74,13 @@ def test_the_recommendation_covers_nine_modules_in_ten() -> None:
     assert recommend([*[narrow] * 8, wide, wide], 16).r == 8
 
 
+def test_an_update_of_more_directions_than_r_is_told_as_it_is() -> None:
+    """A start that is taken off again leaves up to 2 r directions: twelve equal ones of sixteen, trained with r = 8."""
+    found = recommend([spectrum(*[1.0] * 12, *[0.0] * 4)] * 4, 8)
+    assert (found.energy_rank, found.r, found.num_bound) == (12, 16, 0)
+    assert recommend([spectrum(*[1.0] * 16)] * 4, 8).num_bound == 4
+
+
 def test_a_run_that_uses_all_its_rank_is_called_bound() -> None:
     found = recommend([spectrum(*[1.0] * 8)] * 4, 8, shared=[2, 2, 2, 3])
     assert found.is_bound and found.num_bound == 4 and found.r == 8 and found.shared_rank == 3

@@ -68,7 +68,10 @@ class DeltaLayer(nn.Module, LoraLayer):
         layer.set_adapter(layer.active_adapters, inference_mode=config.inference_mode)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The module with `theta_0 + delta`, rounded once, to the dtype of x."""
+        """The module with `theta_0 + delta`, summed in float32 and rounded once, to the dtype of x.
+
+        A linear layer's own output, as the base rounds it, takes the place of theta_0.
+        """
         layer: Any = self
         base: Any = layer.get_base_layer()
         if layer.disable_adapters:
@@ -77,7 +80,7 @@ class DeltaLayer(nn.Module, LoraLayer):
         deltas = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
         if isinstance(base, nn.Linear):  # of its parameters only the bias is small
             result: Tensor = base(x, *args, **kwargs)
-            return result + deltas["bias"].to(result.dtype)
+            return (result.float() + deltas["bias"]).to(result.dtype)
         moved = {name: getattr(base, name).float() + delta for name, delta in deltas.items()}
         wide = x.float() if isinstance(base, nn.LayerNorm) else x  # torch's takes one dtype for all
         output: Tensor = functional_call(base, moved, (wide, *args), kwargs)

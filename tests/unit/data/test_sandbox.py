@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import venv
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from qlora_train.data import sandbox
 from qlora_train.data.parity import frozen_clock
 from qlora_train.data.sandbox import Sandbox
 from qlora_train.data.specials import to_json
-from qlora_train.errors import ModelError, SecurityError
+from qlora_train.errors import MachineError, ModelError, SecurityError
 
 MESSAGES: list[dict[str, Any]] = [
     {"role": "system", "content": "<b>Be & brief</b>", "name": None},
@@ -190,6 +191,27 @@ def test_the_largest_row_fits() -> None:
     text = "\U0001f600" + "a" * (16 * 2**20 - 200)
     (reply,) = replies("{{ messages[0].content }}", request([{"role": "user", "content": text}], cuts=[[1, False]] * 3))
     assert reply == ["ok", text, [], [len(text), len(text)]]
+
+
+def test_jinja_is_found_where_the_worker_s_own_python_has_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As where it is installed for one user, or on PYTHONPATH, which the worker is kept from."""
+    venv.create(tmp_path / "bare", symlinks=True)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "bare" / "bin" / "python"))
+    assert replies("{{ messages[2].content }}", request())[0][0] == "ok"
+    monkeypatch.setattr(sandbox, "_library_folders", list)
+    with pytest.raises(MachineError, match=r"does not start: .*No module named 'jinja2'"):
+        replies("x", request())
+
+
+def test_a_worker_that_does_not_start_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    broken = tmp_path / "worker.py"
+    broken.write_text("import no_such_module\n")
+    monkeypatch.setattr(sandbox, "_WORKER", broken)
+    with pytest.raises(MachineError, match=r"does not start: .*No module named 'no_such_module'"):
+        Sandbox(["x"], {}, "tiny", None)
+    broken.write_text("raise SystemExit(3)\n")
+    with pytest.raises(MachineError, match="ends with code 3 and says nothing"):
+        Sandbox(["x"], {}, "tiny", None)
 
 
 def test_works_from_a_thread_and_from_any_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

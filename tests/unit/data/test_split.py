@@ -337,6 +337,24 @@ def test_pieces_are_chosen_by_their_document(tokenizer: Tokenizer, tmp_path: Pat
     assert find_exact(chosen.undivided.column("content_hash"), chosen.undivided.where).num_duplicates == 0
 
 
+def test_pieces_of_one_row_are_read_from_their_source_once(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = texts(tmp_path / "a.jsonl", "show the files " * 30, "ls")
+    split = load(tokenizer, path, overlong="split", seq_len=16)
+    source = type(split.sources[0].source)
+    fetched: list[int] = []
+    fetch = source.fetch
+
+    def counted(self: Any, locators: Any) -> Any:
+        fetched.extend(locators)
+        return fetch(self, locators)
+
+    monkeypatch.setattr(source, "fetch", counted)
+    rows = split.read(range(split.table.num_rows))
+    assert len(fetched) == 2 < len(rows) and rows[0] is rows[1] != rows[-1]
+
+
 def test_an_account_counts_documents_not_pieces(tokenizer: Tokenizer, tmp_path: Path) -> None:
     path = texts(tmp_path / "a.jsonl", *(" ".join([f"list {index}"] * 30) for index in range(6)))
     run: Any = {"dir": tmp_path / "run"}

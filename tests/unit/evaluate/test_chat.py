@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from qlora_train import api
+from qlora_train.adapters.state import save_adapter
 from qlora_train.artifacts.layout import RunDir
 from qlora_train.cli.talk import talk
 from qlora_train.errors import DataError, ModelError, RecipeError
 from qlora_train.evaluate.chat import ChatSession
 from qlora_train.model.skeleton import load_tokenizer
 from qlora_train.model.source import Source
-from tests.loading import tiny_base
+from tests.loading import tiny_base, with_adapter
 
 pytestmark = pytest.mark.usefixtures("shared_workers")
 S, E = "<|im_start|>", "<|im_end|>"
@@ -108,6 +111,49 @@ def test_an_interrupt_ends_the_answer_and_not_the_conversation(
     talk(session, once=None, max_new_tokens=4, temperature=0.0, seed=0)
     said = [message["content"] for message in session.messages if message["role"] == "assistant"]
     assert said == ["half an", "half an answer"] and "half an answer" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-4])
+def test_a_penalty_of_the_generation_config_does_not_change_a_reply(
+    temperature: float, model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = "".join(ChatSession(model, tokenizer).reply("df", max_new_tokens=12, temperature=temperature))
+    config = deepcopy(model.generation_config)
+    config.update(repetition_penalty=3.0, no_repeat_ngram_size=1, top_k=5)
+    monkeypatch.setattr(model, "generation_config", config)
+    assert "".join(ChatSession(model, tokenizer).reply("df", max_new_tokens=12, temperature=temperature)) == before
+
+
+def test_a_refused_message_ends_nothing_and_a_path_is_a_message(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    session = ChatSession(model, tokenizer)
+    lines = iter(["first", "the mark \ufdd0", "/adapter nosuch", "/etc/hosts is what?", "/base now", "/exit", "never"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    monkeypatch.setattr(session, "_generate", lambda *_: iter(["said"]))
+    talk(session, once=None, max_new_tokens=4, temperature=0.0, seed=0)
+    asked = [message["content"] for message in session.messages if message["role"] == "user"]
+    assert asked == ["first", "/etc/hosts is what?"] and len(session.messages) == 4
+    told = capsys.readouterr().err
+    assert "U+FDD0" in told and "no adapter 'nosuch'" in told and "/base stands alone" in told
+    assert next(lines) == "never"
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-sql", "train", "default", "forward"])
+def test_any_folder_name_names_an_adapter(name: str, tiny_llama_dir: Path, tokenizer: Any, tmp_path: Path) -> None:
+    first, second = (with_adapter(tiny_base(tiny_llama_dir), seed=seed) for seed in (0, 1))
+    (tmp_path / name).mkdir()
+    save_adapter(second, tmp_path / name)
+    session = ChatSession(first, tokenizer, name="first")
+    session.add_adapter(name, tmp_path / name)
+    assert list(session.adapters) == ["first", name]
+    ids = torch.tensor([tokenizer("df")["input_ids"]])
+    for active, alone in ((name, second), ("first", first)):
+        session.switch(active)
+        with torch.no_grad():
+            assert torch.equal(session.model(input_ids=ids).logits, alone.eval()(input_ids=ids).logits), active
+    with pytest.raises(ModelError, match="cannot be named"):
+        session.add_adapter("base", tmp_path / name)
 
 
 def test_all_runs_are_looked_at_before_the_base_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,16 @@ from typing import Any
 
 import pytest
 
-from qlora_train.evaluate.tasks import Question, answer, end_token_ids, mean_scores, padded_left, score
+from qlora_train.evaluate.tasks import (
+    Question,
+    answer,
+    end_token_ids,
+    generate_texts,
+    mean_scores,
+    padded_left,
+    sampled,
+    score,
+)
 from qlora_train.model.skeleton import load_tokenizer
 from qlora_train.model.source import Source
 from tests.loading import tiny_base
@@ -90,6 +99,26 @@ def test_answers_keep_their_order_whatever_the_batch_size(training: bool, tokeni
     assert [a.text for a in swapped] == texts[::-1]
     assert model.training == training
     assert answer(model, tokenizer, [], max_new_tokens=6, batch_size=4) == []
+
+
+def test_answers_are_greedy_whatever_the_generation_config_asks(tokenizer: Any, tiny_llama_dir: Path) -> None:
+    model = tiny_base(tiny_llama_dir, quant_type="none").model.eval()
+    prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+    plain = generate_texts(model, tokenizer, prompts, 8)
+    asked = {"repetition_penalty": 1.5, "no_repeat_ngram_size": 1, "min_new_tokens": 8, "suppress_tokens": [5]}
+    model.generation_config.update(**asked, do_sample=True, temperature=0.7, top_k=20, top_p=0.8)
+    assert generate_texts(model, tokenizer, prompts, 8) == plain
+    inputs = padded_left(prompts, tokenizer.pad_token_id, "cpu")
+    shaped = model.generate(**inputs, do_sample=False, max_new_tokens=8)[:, inputs["input_ids"].shape[1] :]
+    assert tokenizer.batch_decode(shaped, skip_special_tokens=True) != plain, "negative control: the penalty acts"
+
+
+def test_what_is_sampled_is_drawn_from_the_whole_distribution(tokenizer: Any, tiny_llama_dir: Path) -> None:
+    model = tiny_base(tiny_llama_dir, quant_type="none").model.eval()
+    model.generation_config.update(top_k=1, top_p=0.01, repetition_penalty=1.5, min_p=0.9)
+    inputs = padded_left([tokenizer(PROMPTS[0])["input_ids"]] * 32, tokenizer.pad_token_id, "cpu")
+    drawn = model.generate(**inputs, **sampled(1.0), max_new_tokens=1)[:, -1]
+    assert len(set(drawn.tolist())) > 1
 
 
 def test_the_mode_is_restored_after_a_failure(tokenizer: Any, tiny_llama_dir: Path) -> None:

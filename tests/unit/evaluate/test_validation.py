@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812  the name that everybody reads
 
 from qlora_train.data.loader import MicroBatch
-from qlora_train.evaluate.validation import Validation, validate
+from qlora_train.errors import NumericsError
+from qlora_train.evaluate.validation import BASE_FIX, Validation, validate
 from qlora_train.model.causal import CausalModel
 from qlora_train.names import IGNORE_INDEX
 from tests.loading import CPU, tiny_base, with_adapter
@@ -78,3 +79,13 @@ def test_the_mode_is_restored_after_a_failure(tiny_llama_dir: Path) -> None:
 def test_a_loss_beyond_all_numbers_has_a_finite_perplexity() -> None:
     assert math.isfinite(Validation(1e6, 1.0, 1, 1).perplexity)
     assert Validation(4.0, 2.0, 5, 1).loss == 2.0
+
+
+def test_a_loss_that_is_not_finite_is_told_with_the_caller_s_advice(tiny_llama_dir: Path) -> None:
+    model = tiny_base(tiny_llama_dir, quant_type="none").model
+    with torch.no_grad():
+        model.get_input_embeddings().weight.fill_(torch.nan)
+    with pytest.raises(NumericsError, match=r"loss is nan\. Fix: lower train\.learning_rate"):
+        validate(CausalModel(model), BATCHES[:1], CPU)
+    with pytest.raises(NumericsError, match=r"loss is nan\. Fix: nothing is trained yet: .*model\.compute_dtype"):
+        validate(CausalModel(model), BATCHES[:1], CPU, fix=BASE_FIX)

@@ -49,6 +49,7 @@ def check(*overrides: str, text: str = GOOD) -> list[Problem]:
         ("quant:\n  quant_type: none\n  skip_modules: [a]\n", 7, ["quant.skip_modules", "quant.quant_type"]),
         ("eval:\n  every: 5\n", 6, ["eval.every", "data.eval is empty (left at its default)"]),
         ("eval:\n  generate_rows: 5\n", 6, ["eval.generate_rows", "data.eval"]),
+        ("eval:\n  generate_rows: 0\n  max_new_tokens: 5\n", 7, ["eval.max_new_tokens", "eval.generate_rows is 0"]),
     ],
 )
 def test_conflicts_in_the_file(lines: str, where: int, names: list[str]) -> None:
@@ -99,6 +100,7 @@ def test_conflicts_on_the_command_line(overrides: list[str], names: list[str]) -
         ["quant.quant_type=none"],
         ["quant.quant_type=none", "quant.double_quant=false"],
         ["eval.every=0", "eval.generate_rows=0"],
+        ["eval.batch_size=2", "eval.max_new_tokens=5"],  # an export reads them, of training rows if need be
         ["eval.every=5", "data.eval=test.jsonl", "data.max_eval_rows=3"],
         ["data.format=text"],
         ["data.format=text", "data.loss_on=all"],

@@ -7,32 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from qlora_train.errors import ModelError
-from qlora_train.report.norms import ModuleNorm, delta_norm, module_norms, norm_grid
+from qlora_train.report.norms import ModuleNorm, module_norms, norm_grid
 from tests.runfolders import write_adapter
-
-
-@given(
-    shape=st.tuples(st.integers(1, 40), st.integers(1, 8), st.integers(1, 40)),
-    scaling=st.floats(-8, 8),
-    seed=st.integers(0, 99),
-)
-def test_norm_of_the_update_is_the_dense_one(shape: tuple[int, int, int], scaling: float, seed: int) -> None:
-    """Both in float64: they add up in another order, some 500 terms of rounding 1e-16."""
-    generator = torch.Generator().manual_seed(seed)
-    lora_A, lora_B = (torch.randn(size, generator=generator) for size in (shape[1:], shape[:2]))
-    dense = float((scaling * lora_B.double() @ lora_A.double()).norm())
-    assert delta_norm(lora_A, lora_B, scaling) == pytest.approx(dense, rel=1e-12, abs=1e-12)
-
-
-def test_factors_that_cancel_give_zero() -> None:
-    """A in the null space of B: the product is zero to rounding, though neither factor is."""
-    lora_A, lora_B = torch.tensor([[1.0, 2.0], [1.0, 2.0]]), torch.tensor([[1.0, -1.0], [3.0, -3.0]])
-    assert delta_norm(lora_A, lora_B, 2.0) == 0
 
 
 @pytest.mark.parametrize(("config", "scaling"), [({}, 2.0), ({"use_rslora": True}, 4.0), ({"lora_alpha": 3}, 0.75)])

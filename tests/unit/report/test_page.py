@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,14 @@ def test_memory_stands_by_cause_beside_what_was_measured(page: Page) -> None:
     text = page.text("memory")
     assert "evaluation held 20 % more than planned" in text and "1.00 GiB more than before the model" in text
     assert "A checkpoint takes 5 MiB and 0.2 s to save." in text and "checkpoints 1.00 GiB" in text
+
+
+def test_factors_that_did_not_train_are_not_called_random_at_the_start(html: str, folder: Path) -> None:
+    """Of MiLoRA, AdaLoRA and others the file gives one product of two factors; of plain LoRA, what trained."""
+    (run,) = read_runs([folder])
+    assert run.adapter and run.adapter.trains_factors and "Random at the start of plain LoRA" in html
+    folded = render_page([replace(run, adapter=replace(run.adapter, trains_factors=False))])
+    assert "at the start of plain LoRA" not in folded and folded.count("what trained were others") == 2
 
 
 def test_norms_are_those_of_the_adapter(page: Page, folder: Path) -> None:
