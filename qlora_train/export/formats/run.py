@@ -160,7 +160,7 @@ def _refuse_taken(folders: dict[str, Path]) -> None:
 
 def _check_room(run: FinishedRun, target: Path, names: Sequence[str]) -> None:
     needed = sum(
-        _ADAPTER_BYTES if FORMATS[name].adapter_only else int(run.base_print.num_params * FORMATS[name].bits / 8)
+        _ADAPTER_BYTES if FORMATS[name].adapter_only else int(run.num_merged_params * FORMATS[name].bits / 8)
         for name in names
     )
     folder = next(path for path in target.absolute().parents if path.exists())
