@@ -270,7 +270,7 @@ REAL = Path(__file__).resolve().parents[2] / "recipes" / "methods" / "lord.yaml"
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_real_model(tmp_path: Path) -> None:
-    """Every up_proj of SmolLM2 in two, a few steps, and the ordinary model out of it, which plain transformers loads."""
+    """Every up_proj of SmolLM2 in two, a few steps, and the ordinary model out of it."""
     run = tmp_path / "run"
     keys = ("train.max_steps=3", "eval.generate_rows=0", "data.max_eval_rows=16", "model.lord_batches=4")
     outcome = run_cli("train", REAL, f"run.dir={run}", "model.lord_modules=[up_proj]", *keys)
