@@ -58,6 +58,7 @@ from qlora_train.model.binding import refuse_other_base
 from qlora_train.model.causal import CausalModel
 from qlora_train.model.files import open_model_folder
 from qlora_train.model.load import memory_advice, resolve_device
+from qlora_train.model.lord import planned_config
 from qlora_train.model.skeleton import check_length, linear_layers, load_config, load_tokenizer, name_table
 from qlora_train.model.source import resolve_source
 from qlora_train.model.tokens import add_new_tokens
@@ -226,7 +227,7 @@ def plan_cards(
 ) -> PlanTable:
     """The largest micro-batch that fits, for models x cards x sequence lengths; the recipe's own model by default."""
     named = [_planned_recipe(recipe, overrides, model) for model in models or (None,)]
-    return plan_table([(settings, load_architecture(settings.model)) for settings in named], gpus)
+    return plan_table([(one, planned_config(load_architecture(one.model), one)) for one in named], gpus)
 
 
 def _planned_recipe(recipe: Path, overrides: Sequence[str], model: str | None) -> Recipe:

@@ -33,6 +33,11 @@ class RunDir:
         return self.root / "base.json"
 
     @property
+    def low_rank(self) -> Path:
+        """Folder of the base in low-rank factors (model.lord_keep_frac), whose quantised form is what was trained."""
+        return self.root / "low_rank_base"
+
+    @property
     def data(self) -> Path:
         """The account of the data: counts, sources, duplicates, packing."""
         return self.root / "data.json"
@@ -148,7 +153,7 @@ class RunDir:
         return (
             *(self.recipe, self.environment, self.base, self.evaluation, self.metrics, self.memory),
             *(self.data, self.fates, self.rejected, self.audit_page, self.errors, self.flights),
-            *(self.chat_template, self.checkpoints, self.trackers, self.report_page, self.lock),
+            *(self.chat_template, self.checkpoints, self.trackers, self.report_page, self.lock, self.low_rank),
         )
 
 

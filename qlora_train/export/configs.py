@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from qlora_train.model.load import with_end_tokens
+from qlora_train.model.low_rank import RANKS
 from qlora_train.model.source import Source
 
-_OF_THE_BASE = ("torch_dtype", "_name_or_path", "auto_map", "transformers_weights")
+_OF_THE_BASE = ("torch_dtype", "_name_or_path", "auto_map", "transformers_weights", RANKS)
 
 
 def generation_settings(source: Source, end_token_ids: Sequence[int]) -> dict[str, Any]:

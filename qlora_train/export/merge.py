@@ -104,7 +104,7 @@ def merge_to(
         rows += [ModuleRow(**row) for row in noted]
         _same_file(finished.folder / name, folder / name)
     write_index(folder, shards)
-    if unused := sorted(set(tensors.updates) - {row.name for row in rows}):
+    if unused := sorted({tensors.merged_name(name) for name in tensors.updates} - {row.name for row in rows}):
         raise ModelError(f"{len(unused)} updates were not merged, first {unused[0]}", fix="report this")
     return Merged(onto, rows, dict(clock.seconds), len(shards), finished.num_taken_over, tensors.base.left_out)
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from qlora_train.adapters.layers import lora_layers
 from qlora_train.adapters.updates import Update, VocabularyRows
+from qlora_train.model.low_rank import low_rank_layers
 from qlora_train.quant.fingerprint import base_parameter_name
 
 NUM_TOKENS = 8
@@ -42,11 +43,16 @@ class Deviation:
 
 @contextmanager
 def probing(model: nn.Module) -> Iterator[dict[str, Probe]]:
-    """Within the block, the first call of every adapted layer is noted, by its weight's name in the base."""
+    """Within the block, the first call of every adapted layer is noted, by its weight's name in the merged model.
+
+    A layer in two factors is one there, and always noted: its weight is a product, adapted or not.
+    """
     found: dict[str, Probe] = {}
+    in_two = dict(low_rank_layers(model))
+    layers = {n: layer for n, layer in lora_layers(model).items() if n.rpartition(".")[0] not in in_two} | in_two
     handles = [
         layer.register_forward_hook(_noting(found, str(base_parameter_name(f"{name}.weight"))))
-        for name, layer in lora_layers(model).items()
+        for name, layer in layers.items()
     ]
     try:
         yield found

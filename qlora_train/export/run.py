@@ -225,7 +225,7 @@ def memory_advice(run: FinishedRun, where: str, *, saved: str = "nothing was pub
         if not is_out_of_memory(error):
             raise
         plan = read_json(run.run_dir.memory)["plan"] if run.run_dir.memory.is_file() else None
-        needed = plan["peak_bytes"]["export"] if plan else 4 * run.base_print.num_params  # the merged model in float32
+        needed = plan["peak_bytes"]["export"] if plan else 4 * run.num_merged_params  # the merged model in float32
         options = [Option("on a machine with more memory", "the run folder and the base can be copied there")]
         if run.recipe.export.verify_rows > 1:
             fewer = f"export.verify_rows={run.recipe.export.verify_rows // 2}"
@@ -241,7 +241,7 @@ def memory_advice(run: FinishedRun, where: str, *, saved: str = "nothing was pub
 def _check_disk(run: FinishedRun, target: Path) -> None:
     """Refuse before any work when the weights cannot fit beside what a killed export left there."""
     width = {"float32": 4}.get(run.recipe.export.export_dtype, 2)
-    needed = width * run.base_print.num_params + SMALL_FILES_BYTES
+    needed = width * run.num_merged_params + SMALL_FILES_BYTES
     folder = next(p for p in target.absolute().parents if p.exists())
     there = sum(path.stat().st_size for path in shards_folder(target).glob("*.safetensors"))
     if (free := shutil.disk_usage(folder).free) < needed - there:

@@ -3,6 +3,8 @@
 dequantized:  dequantise(quantise(W)) + delta     the model that was trained, exactly
 original:     W + delta                            another model: the adapter never saw these weights
 requantized:  the first, quantised again           what PEFT's merge_and_unload makes of a 4-bit base
+
+A layer that LoRD put into two factors is one again: the product of both, each merged so, in float32.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ from qlora_train.artifacts.folders import MANIFEST
 from qlora_train.errors import ModelError
 from qlora_train.export.base import BaseReader, as_float32
 from qlora_train.export.clock import Clock
+from qlora_train.model.low_rank import FACTORS, dense_name, ranks_of
+from qlora_train.model.skeleton import load_config
 from qlora_train.model.source import Source
 from qlora_train.model.trained import FinishedRun
 
@@ -54,9 +58,14 @@ class MergedTensors:
         self.onto = onto
         self.changes: dict[str, Change] = {}  # of the adapted weights so far, by parameter name
         # Merged tensors keep the names of the base's files: other programs know the model by them.
-        self._parameter = {stored.name: name for name, stored in self.base.stored.items()}
+        self._ranks = ranks_of(load_config(source))
+        self._parameter: dict[str, str] = {}
+        for name, tensor in self.base.stored.items():
+            merged = self.merged_name(name)
+            stored = tensor.name if merged == name else dense_name(tensor.name, {_layer_of(tensor.name): 1})
+            self._parameter[stored] = merged
         for name, update in self.updates.items():
-            shape = self.base.recorded(name).shape if name in self._parameter.values() else None
+            shape = self.base.recorded(name).shape if name in self.base.stored else None
             if shape is None or update.shape_from(shape) is None:
                 raise ModelError(
                     f"the adapter's update of {name} fits no weight of the base", fix="use the base of the run"
@@ -71,9 +80,17 @@ class MergedTensors:
         """transformers' own name of a tensor."""
         return self._parameter[stored]
 
+    def merged_name(self, name: str) -> str:
+        """The parameter of the merged model that one of the base goes into: itself, or the product of two factors."""
+        return dense_name(name, self._ranks)
+
     def shape(self, stored: str) -> tuple[int, ...]:
         """Shape of a tensor: the base's, with a row more for each new token that the base has none for."""
         name = self._parameter[stored]
+        if (factors := self._factors(name)) is not None:
+            reduce, expand = (self.base.recorded(factor).shape for factor in factors)
+            return expand[0], reduce[1]
+        name = self._own_name(name)
         shape, update = self.base.recorded(name).shape, self.updates.get(name)
         return shape if update is None else update.shape_from(shape) or shape
 
@@ -86,6 +103,39 @@ class MergedTensors:
         as training held it, and what is returned.
         """
         name = self._parameter[stored]
+        factors = self._factors(name)
+        return self._single(self._own_name(name), dtype) if factors is None else self._product(name, *factors)
+
+    def _factors(self, name: str) -> tuple[str, str] | None:
+        """The two weights whose product a parameter is; None for one that the base has itself."""
+        layer, _, kind = name.rpartition(".")
+        if kind != "weight" or layer not in self._ranks:
+            return None
+        reduce, expand = (f"{layer}.{factor}.weight" for factor in FACTORS)
+        return reduce, expand
+
+    def _own_name(self, name: str) -> str:
+        """The base's name of a parameter that is no product: a bias stands with the second factor."""
+        layer, _, kind = name.rpartition(".")
+        return f"{layer}.{FACTORS[1]}.{kind}" if layer in self._ranks else name
+
+    def _product(self, name: str, reduce: str, expand: str) -> Tensor:
+        """A layer that was two, merged, in float32; what changed of the product is noted where a factor is adapted."""
+        after = [self._single(factor, torch.float32).float() for factor in (expand, reduce)]
+        merged = after[0] @ after[1]
+        if not {reduce, expand} & self.updates.keys():
+            return merged
+        trained = as_float32(self.base.as_trained(expand)) @ as_float32(self.base.as_trained(reduce))
+        before = self.base.original(expand).float() @ self.base.original(reduce).float()
+        self.changes[name] = Change(
+            weight_norm=_norm(trained),
+            delta_norm=_norm(merged, trained),
+            quant_error_norm=_norm(before, trained) if self.base.recorded(expand).quantised else 0.0,
+        )
+        return merged
+
+    def _single(self, name: str, dtype: torch.dtype) -> Tensor:
+        """A tensor of the base with its update; see `exact`."""
         original = self.base.original(name)
         held = self.base.as_trained(name, original)
         quantised = self.base.recorded(name).quantised
@@ -144,7 +194,12 @@ class MergedTensors:
 
     def unused(self) -> list[str]:
         """Updates that no tensor has taken up so far."""
-        return sorted(set(self.updates) - set(self.changes))
+        return sorted(name for name in self.updates if self.merged_name(name) not in self.changes)
+
+
+def _layer_of(stored: str) -> str:
+    """The layer of a stored factor: `layers.0.up_proj` of `layers.0.up_proj.expand.weight`."""
+    return stored.rpartition(".")[0].rpartition(".")[0]
 
 
 def adapter_sha256(run: FinishedRun) -> str:

@@ -145,7 +145,7 @@ def how_to_verify(run: FinishedRun) -> How:
         return "whole"
     if asked != "auto":
         return asked
-    needed = WHOLE_SHARE * torch.float32.itemsize * run.base_print.num_params
+    needed = WHOLE_SHARE * torch.float32.itemsize * run.num_merged_params
     return "whole" if needed <= available_bytes(torch.device("cpu")) else "layers"
 
 
@@ -277,5 +277,5 @@ def room_for(run: FinishedRun, device: torch.device) -> torch.device:
     if device.type != "cuda":
         return device
     torch.cuda.empty_cache()
-    num_bytes = WHOLE_SHARE * torch.float32.itemsize * run.base_print.num_params
+    num_bytes = WHOLE_SHARE * torch.float32.itemsize * run.num_merged_params
     return device if torch.cuda.mem_get_info(device)[0] >= num_bytes else torch.device("cpu")

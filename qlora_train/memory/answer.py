@@ -14,6 +14,7 @@ from qlora_train.memory.cards import find_card, parse_memory
 from qlora_train.memory.plan import DeviceKind, Plan, plan_training
 from qlora_train.model.architecture import load_architecture
 from qlora_train.model.load import resolve_device
+from qlora_train.model.lord import planned_config
 from qlora_train.model.skeleton import check_length
 from qlora_train.recipe.schema import Recipe
 
@@ -49,7 +50,7 @@ def answer(recipe: Recipe, *, vram: str | None, gpu: str | None) -> PlanResult:
     Raises RecipeError for an unknown card, ModelError where no config is found or the model cannot be trained.
     """
     target = _target(recipe, vram, gpu)
-    config = load_architecture(recipe.model)
+    config = planned_config(load_architecture(recipe.model), recipe)
     check_length(config, recipe.data.seq_len)
     found = plan_training(recipe, config, device=target.kind, limit_bytes=target.num_bytes)
     better = spend if found.fits(target.num_bytes) else advise

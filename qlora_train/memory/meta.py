@@ -20,6 +20,7 @@ from qlora_train.errors import ModelError, first_line
 from qlora_train.loss import chunk_tokens
 from qlora_train.model.attention import ATTENTION_NAME, check_packable, run_packed
 from qlora_train.model.causal import CausalModel
+from qlora_train.model.low_rank import with_factors
 from qlora_train.model.skeleton import build_skeleton, check_targets, linear_layers
 from qlora_train.quant.bnb import QuantSettings, linear4bit_modules, meta_linear4bit, packed_tensors
 from qlora_train.quant.fingerprint import base_parameter_name
@@ -111,7 +112,7 @@ def _quantise(model: nn.Module, quant: QuantSection) -> None:
 
 
 def _attach(model: Any, style: ModelStyle) -> Any:
-    section = style.adapter.model_copy(update={"init_from": None})
+    section = with_factors(style.adapter.model_copy(update={"init_from": None}), model)
     if style.linear != "peft":
         num_rows = model.get_input_embeddings().weight.shape[0]
         tokens = NewTokens.placeholders(section.new_tokens, num_rows) if section.new_tokens else None

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+
 from qlora_train.data.loader import MicroBatch
 from qlora_train.memory.budget import Choice, Costs
 from qlora_train.memory.estimate import (
@@ -24,9 +26,10 @@ from qlora_train.memory.estimate import (
 from qlora_train.memory.formula import formula_peak
 from qlora_train.memory.meta import DeviceKind, build_meta_model
 from qlora_train.memory.moments import WHOLE_WEIGHTS, optimizer_of
-from qlora_train.memory.stages import disk_terms, export_terms, generation_terms
+from qlora_train.memory.stages import disk_terms, export_terms, generation_terms, parameter_counts
 from qlora_train.memory.terms import ON_DEVICE, STAGES, How, Stage, Term
 from qlora_train.memory.trace import CAUSES, StepStyle, StepTrace, trace_step
+from qlora_train.model.lord import MOMENT_BYTES
 from qlora_train.recipe.schema import Recipe
 
 __all__ = ["ON_DEVICE", "STAGES", "DeviceKind", "How", "Plan", "Request", "Stage", "Term", "plan_training"]
@@ -145,7 +148,7 @@ def plan_training(
         terms=tuple(terms),
         peak_op=trace.peak_op,
         formula_bytes=None if training_batch else formula_peak(request, choice),
-        notes=tuple(_notes(request, choice, costs)),
+        notes=tuple(_notes(request, shallow, choice, costs)),
     )
 
 
@@ -170,7 +173,7 @@ def _traced(stage: Stage, trace: StepTrace, device: DeviceKind) -> Iterator[Term
         yield Term(stage, constant.cause, num_bytes, "constant", constant.source)
 
 
-def _notes(request: Request, choice: Choice, costs: Costs) -> Iterator[str]:
+def _notes(request: Request, shallow: Shallow, choice: Choice, costs: Costs) -> Iterator[str]:
     recipe = request.recipe
     if (given := request.training_batch) is not None:
         sizes = f"{given.labels.numel():,} positions, {given.num_supervised_tokens:,} supervised"
@@ -187,6 +190,13 @@ def _notes(request: Request, choice: Choice, costs: Costs) -> Iterator[str]:
         yield f"{waiting / 2**30:.2f} GiB of pinned host memory hold the checkpoints of activations"
     if optimizer_of(recipe) == WHOLE_WEIGHTS:
         yield "adapter.rule_mode is full: moments are those of whole weights, 8 bytes for each that has an adapter"
+    if recipe.model.lord_keep_frac is not None:
+        num_weights, _ = parameter_counts(shallow)
+        dtype: Any = getattr(torch, recipe.model.compute_dtype)
+        yield (
+            f"LoRD, once before training: {(dtype.itemsize * num_weights + MOMENT_BYTES) / 2**30:.2f} GiB and the "
+            "factors, for the base in compute_dtype and second moments"
+        )
     if recipe.train.optimizer.startswith("paged_"):
         yield "paged moments count as on the card; they may, but need not, leave it"
     if recipe.train.compile is True:

@@ -14,6 +14,7 @@ from qlora_train.memory.estimate import Request, Shallow
 from qlora_train.memory.meta import MetaModel
 from qlora_train.memory.terms import Term
 from qlora_train.model.checkpointing import decoder_layers
+from qlora_train.model.low_rank import low_rank_layers
 from qlora_train.model.source import GGUF_SUFFIX
 
 
@@ -44,9 +45,19 @@ def generation_terms(request: Request, model: MetaModel) -> Iterator[Term]:
 
 
 def parameter_counts(shallow: Shallow) -> tuple[int, int]:
-    """Weights of the whole base, 4-bit ones counted as weights, and of its largest tensor."""
+    """Weights of the whole base, every layer whole and 4-bit ones counted as weights, and of its largest tensor."""
     sizes, layer = _sizes(shallow.model.model), _sizes(decoder_layers(shallow.model.model)[-1])
-    return sum(sizes) + shallow.num_more * sum(layer), max(sizes)
+    return sum(sizes) + shallow.num_more * sum(layer) + _saved_weights(shallow), max(sizes)
+
+
+def _saved_weights(shallow: Shallow) -> int:
+    """Weights that decomposed layers (model.lord_keep_frac) have fewer than whole ones."""
+    model = shallow.model.model
+    return _saved_in(model) + shallow.num_more * _saved_in(decoder_layers(model)[-1])
+
+
+def _saved_in(module: nn.Module) -> int:
+    return sum(layer.num_saved for _, layer in low_rank_layers(module))
 
 
 def _sizes(module: nn.Module) -> list[int]:
@@ -62,7 +73,8 @@ def export_terms(request: Request, shallow: Shallow) -> Iterator[Term]:
     num_weights, largest = parameter_counts(shallow)
     width = _export_width(request)
     if request.recipe.export.verify == "layers":
-        layer = sum(_sizes(decoder_layers(shallow.model.model)[-1]))
+        last = decoder_layers(shallow.model.model)[-1]
+        layer = sum(_sizes(last)) + _saved_in(last)
         yield Term("export", "one layer in float32", 4 * layer, "formula", "4 bytes a weight of the layer in hand")
     else:
         yield Term(
@@ -86,6 +98,12 @@ def disk_terms(request: Request, shallow: Shallow) -> Iterator[Term]:
         yield Term("disk", "cache of the base", 2 * num_weights, "formula", "the GGUF file's weights in bfloat16, once")
     elif not recipe.model.path.startswith(("/", "package:")):
         yield Term("disk", "download of the base", 2 * num_weights, "formula", "16-bit weights, in the hub's cache")
+    if recipe.model.lord_keep_frac is not None:
+        dtype: Any = getattr(torch, recipe.model.compute_dtype)
+        num_left, per_weight = num_weights - _saved_weights(shallow), dtype.itemsize
+        yield Term(
+            "disk", "decomposed base", per_weight * num_left, "formula", f"{per_weight} bytes a weight: LoRD's factors"
+        )
     count = recipe.train.keep + 1 + (1 if recipe.data.holds_out else 0)
     kept = "train.keep, the best" if recipe.data.holds_out else "train.keep"
     yield Term(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import BitsAndBytesConfig
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
@@ -18,6 +18,7 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from qlora_train.errors import MachineError, ModelError, OutOfMemory, first_line, is_out_of_memory
 from qlora_train.model.attention import ATTENTION_NAME
 from qlora_train.model.files import StoredTensor, count_not_finite, stored_tensors
+from qlora_train.model.low_rank import causal_class
 from qlora_train.model.skeleton import build_skeleton, check_widths, head_name, load_config
 from qlora_train.model.source import Source
 from qlora_train.quant.affine import INT4, AffineLinear
@@ -189,7 +190,7 @@ def load_base(
             llm_int8_skip_modules=[head_name(skeleton), *quant.skip_modules],
         )
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = causal_class(config).from_pretrained(
             str(source.folder), config=config, use_safetensors=True, output_loading_info=True, **kwargs
         )
     except _Stopped as stopped:

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from qlora_train.errors import ModelError, first_line
+from qlora_train.model.low_rank import FACTORS, causal_class, low_rank_layers
 from qlora_train.model.source import Source
 from qlora_train.quant.affine import INT4
 from qlora_train.quant.bnb import cpu_width_multiple
@@ -89,7 +90,7 @@ def build_skeleton(config: Any, **settings: Any) -> nn.Module:
         )
     try:
         with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **settings)
+            model: nn.Module = causal_class(config).from_config(config, trust_remote_code=False, **settings)
     except ValueError as error:
         raise ModelError(
             f"transformers has no causal language model for model_type {config.model_type!r}", fix="use a decoder model"
@@ -114,11 +115,12 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def name_table(names: Iterable[str]) -> dict[str, int]:
-    """How often each last name occurs among dotted names: {"q_proj": 30, ...}."""
-    return dict(Counter(name.rpartition(".")[2] for name in names))
+    """How often each last name occurs among dotted names: {"q_proj": 30, "up_proj.reduce": 30, ...}."""
+    parts = (name.split(".") for name in names)
+    return dict(Counter(".".join(part[-2:] if part[-1] in FACTORS else part[-1:]) for part in parts))
 
 
-def check_targets(model: nn.Module, target_modules: str | tuple[str, ...]) -> None:
+def check_targets(model: nn.Module, target_modules: str | tuple[str, ...], key: str = "adapter.target_modules") -> None:
     """Every named target must match a linear layer; ModelError names all that do not, with the nearest names."""
     layers = linear_layers(model)
     if not layers:
@@ -126,12 +128,13 @@ def check_targets(model: nn.Module, target_modules: str | tuple[str, ...]) -> No
     if isinstance(target_modules, str):
         return
     counts = name_table(layers)
-    missing = [t for t in target_modules if not any(_is_named(n, (t,)) for n in layers)]
+    known_names = [*layers, *(name for name, _ in low_rank_layers(model))]
+    missing = [t for t in target_modules if not any(_is_named(n, (t,)) for n in known_names)]
     if missing:
         near = {t: get_close_matches(t, counts, n=2, cutoff=0.5) or list(counts) for t in missing}
         what = "; ".join(f"{t!r} matches no linear layer, nearest: {', '.join(near[t])}" for t in missing)
         known = ", ".join(f"{name} ({count} layers)" for name, count in counts.items())
-        raise ModelError(f"adapter.target_modules: {what}", fix=f"this model has {known}; or write all-linear")
+        raise ModelError(f"{key}: {what}", fix=f"this model has {known}; or write all-linear")
 
 
 def check_skipped(model: nn.Module, skip_modules: tuple[str, ...]) -> None:

@@ -17,6 +17,7 @@ from qlora_train.artifacts.folders import manifest_faults, publishing
 from qlora_train.artifacts.layout import cache_dir
 from qlora_train.errors import MachineError, ModelError, SecurityError, first_line
 from qlora_train.model.gguf_header import check_gguf
+from qlora_train.model.low_rank import RANKS
 from qlora_train.recipe.schema import ModelSection
 from qlora_train.untrusted import read_json_object, refuse_links_out, refuse_pickles
 
@@ -60,6 +61,11 @@ def resolve_source(section: ModelSection, *, weights: bool = True) -> Source:
     else:
         source = _from_hub(section, weights)
     config = check_model_folder(source, weights=weights)
+    if RANKS in config:
+        raise ModelError(
+            f"{source.name} is the decomposed base of a run ({RANKS} in its config.json)",
+            fix="name the model that it was made from, with the model.lord_* keys of that run",
+        )
     if (quantised := config.get("quantization_config")) is not None:
         method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else "unknown"
         raise ModelError(

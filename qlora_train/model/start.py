@@ -46,12 +46,17 @@ def probe_batches(recipe: Recipe, loader: Loader) -> list[MicroBatch]:
     """The first micro-batches of training, for starts that look at data; none for the others."""
     if METHODS[recipe.adapter.method].start not in FROM_INPUTS | FROM_GRADIENTS:
         return []
+    return first_batches(recipe, loader, recipe.adapter.probe_batches)
+
+
+def first_batches(recipe: Recipe, loader: Loader, most: int) -> list[MicroBatch]:
+    """The first micro-batches of training, at most so many."""
     found: list[MicroBatch] = []
     for step in range(loader.num_steps(recipe.train.epochs, recipe.train.max_steps)):
         found += loader.step(step)
-        if len(found) >= recipe.adapter.probe_batches:
+        if len(found) >= most:
             break
-    return found[: recipe.adapter.probe_batches]
+    return found[:most]
 
 
 class Weights:

@@ -19,6 +19,8 @@ from qlora_train.data.split import Split, load_split
 from qlora_train.errors import DataError, ModelError, RecipeError
 from qlora_train.model.binding import check_published, read_base, read_binding, refuse_changed_recipe, refuse_other_base
 from qlora_train.model.load import Base, add_end_tokens, load_recipe_base
+from qlora_train.model.lord import RECORD, open_low_rank
+from qlora_train.model.low_rank import with_ranks
 from qlora_train.model.skeleton import load_config, load_tokenizer, template_digest, tokenizer_digest
 from qlora_train.model.source import Source, resolve_source
 from qlora_train.model.start import rebuild
@@ -41,13 +43,22 @@ class FinishedRun:
     binding: dict[str, Any]  # what the adapter belongs to, from its manifest
 
     def source(self) -> Source:
-        """The base's folder, at the commit that was trained on."""
+        """The base's folder, at the commit that was trained on; the decomposed one that the run keeps, where it has."""
         section = self.recipe.model
+        if section.lord_keep_frac is not None:
+            return open_low_rank(section.path, self.run_dir.low_rank, self.commit)
         return resolve_source(section.model_copy(update={"revision": self.commit or section.revision}))
 
+    @property
+    def num_merged_params(self) -> int:
+        """Weights of the merged model: more than the base has where that is decomposed."""
+        if self.recipe.model.lord_keep_frac is None:
+            return self.base_print.num_params
+        return int(read_json(self.run_dir.low_rank / RECORD)["num_dense_params"])
+
     def config(self, source: Source) -> Any:
-        """transformers' config of the merged model: the base's, with a row for each token of the adapter's."""
-        config = load_config(source)
+        """transformers' config of the merged model: every layer whole, and a row for each token of the adapter's."""
+        config = with_ranks(load_config(source), {})
         text = config.get_text_config()
         ids = load_adapter_config(self.run_dir.adapter).token_ids
         text.vocab_size = max([text.vocab_size, *(number + 1 for number in ids)])

@@ -249,6 +249,9 @@ METHODS: dict[str, Method] = {
     )
 }
 
+# Methods that train the factors of a base which LoRD (arXiv 2309.14021) decomposed: model.lord_keep_frac.
+ON_LORD = ("lora", "rslora", "loraplus")
+
 # Keys of the section `adapter` that only some methods read, each with the methods that do.
 OPTIONS: dict[str, tuple[str, ...]] = {
     option: tuple(name for name, method in METHODS.items() if option in method.options)

@@ -42,6 +42,21 @@ class ModelSection(Section):
     chat_template: Path | None = Field(
         None, description="Jinja file to use instead of the model's own chat template, for bases that ship none."
     )
+    lord_keep_frac: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] | None = Field(
+        None,
+        description="LoRD (experimental): decompose linear layers into two factors before quantising. Share of a "
+        "layer's weights that the two hold at most; their rank is a multiple of 64. 0.9 costs little, 0.5 much.",
+    )
+    lord_modules: Literal["all-linear"] | tuple[Name, ...] = Field(
+        "all-linear",
+        description="Layers that are decomposed: every linear layer but the head, or names, matched as whole dotted "
+        "suffixes. Those of quant.skip_modules stay whole.",
+    )
+    lord_batches: PositiveInt = Field(
+        8,
+        description="Micro-batches of training rows whose activations the factors are fitted to. Several times as many "
+        "tokens as a layer is wide.",
+    )
 
 
 class QuantSection(Section):

@@ -11,6 +11,7 @@ from pathlib import Path
 from qlora_train.errors import Problem
 from qlora_train.recipe.adapter import ADAPTER_CHECKS, check_rule
 from qlora_train.recipe.advice import near_files, nearest
+from qlora_train.recipe.methods import METHODS, ON_LORD
 from qlora_train.recipe.origins import Origins, at, is_given, place_of
 from qlora_train.recipe.partial import Unread
 from qlora_train.recipe.reader import kind_of, one_line
@@ -73,6 +74,50 @@ def _int4(recipe: Recipe, origins: Origins) -> Iterator[Problem]:
                 f"{quant.block_size} ({at(origins, 'quant.block_size')})"
             )
             yield Problem(what, "give both the same value", place_of(origins, "adapter.group_size"))
+
+
+def _lord(recipe: Recipe, origins: Origins) -> Iterator[Problem]:
+    """Keys of LoRD without it, and what does not go with a decomposed base."""
+    model, adapter = recipe.model, recipe.adapter
+    if model.lord_keep_frac is None:
+        for key in ("lord_modules", "lord_batches"):
+            if is_given(origins, f"model.{key}"):
+                what = f"model.{key} has no effect: model.lord_keep_frac is not set, so nothing is decomposed"
+                yield Problem(what, f"set lord_keep_frac, or remove {key}", place_of(origins, f"model.{key}"))
+        return
+    chosen = f"model.lord_keep_frac decomposes the base ({at(origins, 'model.lord_keep_frac')})"
+    reasons = {
+        "adapter.method": (
+            adapter.method in METHODS and adapter.method not in ON_LORD,
+            f"adapter.method: {adapter.method} is not made for a base in two factors",
+            f"use {', '.join(ON_LORD)}, or remove lord_keep_frac",
+        ),
+        "adapter.init_from": (
+            adapter.init_from is not None,
+            "adapter.init_from names an adapter of another base",
+            "remove init_from or lord_keep_frac",
+        ),
+        "adapter.embeddings": (adapter.embeddings, "adapter.embeddings was never tried on it", "remove one of the two"),
+        "adapter.new_tokens": (
+            bool(adapter.new_tokens),
+            "adapter.new_tokens was never tried on it",
+            "remove one of the two",
+        ),
+        "quant.quant_type": (
+            recipe.quant.quant_type == "int4",
+            "quant.quant_type: int4 was never tried on it",
+            "use nf4, fp4 or none, or remove lord_keep_frac",
+        ),
+        "export.base": (
+            recipe.export.base != "dequantized",
+            f"export.base: {recipe.export.base} has no meaning: there are no original weights to merge onto",
+            "remove base",
+        ),
+    }
+    for dotted, (holds, what, fix) in reasons.items():
+        if holds:
+            where = place_of(origins, dotted) or place_of(origins, "model.lord_keep_frac")
+            yield Problem(f"{what}; {chosen}", fix, where)
 
 
 def _eval_without_data(recipe: Recipe, origins: Origins) -> Iterator[Problem]:
@@ -314,6 +359,7 @@ _CHECKS: tuple[Callable[[Recipe, Origins], Iterator[Problem]], ...] = (
     _adapter_folder,
     _quant_off,
     _int4,
+    _lord,
     check_rule,
     _export_base,
     _eval_without_data,

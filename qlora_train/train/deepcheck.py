@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -66,8 +68,10 @@ def deep_check(recipe: Recipe) -> tuple[Inputs, tuple[Finding, ...]]:
     if recipe.run.threads is not None:
         torch.set_num_threads(recipe.run.threads)
     plain = recipe.model_copy(update={"train": recipe.train.model_copy(update={"compile": False})})
-    with memory_advice():
-        prepared = prepare(plain, RunDir(recipe.run.dir), Silent())
+    run_dir = RunDir(recipe.run.dir)
+    with memory_advice(), TemporaryDirectory() as scratch:
+        low_rank = run_dir.low_rank if run_dir.low_rank.is_dir() else Path(scratch) / run_dir.low_rank.name
+        prepared = prepare(plain, run_dir, Silent(), low_rank=low_rank)
         return prepared.inputs, examine(prepared)
 
 

@@ -13,7 +13,7 @@ from qlora_train.memory.terms import Term
 from qlora_train.recipe.schema import Recipe
 from qlora_train.units import size_text
 
-IN_RUN_FOLDER = ("checkpoints", "adapter")  # causes of memory/stages.py; caches lie elsewhere
+IN_RUN_FOLDER = ("checkpoints", "adapter", "decomposed base")  # causes of memory/stages.py; caches lie elsewhere
 EXPORT = "merged model"
 
 

@@ -49,6 +49,9 @@ TRAJECTORY_KEYS = frozenset(
     {
         "model.compute_dtype",
         "model.attn_implementation",
+        "model.lord_keep_frac",
+        "model.lord_modules",
+        "model.lord_batches",
         "data.split",
         "data.format",
         "data.columns",

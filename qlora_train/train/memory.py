@@ -45,6 +45,7 @@ from qlora_train.memory.meta import DeviceKind, device_kind
 from qlora_train.memory.plan import Plan, plan_training
 from qlora_train.memory.trace import ADAPTER, DEQUANTISED, GRADIENTS, OPTIMISER, QUANTISED, RESIDENT, UNQUANTISED
 from qlora_train.model.load import resolve_device
+from qlora_train.model.lord import planned_config
 from qlora_train.model.skeleton import load_config
 from qlora_train.model.source import resolve_source
 from qlora_train.recipe.schema import Recipe
@@ -277,7 +278,8 @@ class MemoryLog:
         options = _evaluation_options(self._recipe, phase)
         try:
             if self.plan is None:
-                self.plan = self._planned(load_config(resolve_source(self._recipe.model, weights=False)))
+                config = load_config(resolve_source(self._recipe.model, weights=False))
+                self.plan = self._planned(planned_config(config, self._recipe))
             if self.plan is not None:
                 planned = self.plan.peak_bytes(stage)
                 options += options_of(self.plan, self._exhaustion, self._limit_bytes, is_neutral)

@@ -28,6 +28,8 @@ from qlora_train.model.binding import check_start, refuse_other_start
 from qlora_train.model.causal import CausalModel
 from qlora_train.model.files import stored_tensors
 from qlora_train.model.load import Base, add_end_tokens, load_recipe_base, resolve_device
+from qlora_train.model.lord import low_rank_source, planned_config
+from qlora_train.model.low_rank import with_factors
 from qlora_train.model.skeleton import (
     build_skeleton,
     check_length,
@@ -43,6 +45,7 @@ from qlora_train.model.skeleton import (
 )
 from qlora_train.model.source import Source, resolve_source, verify_download
 from qlora_train.model.start import (
+    first_batches,
     probe_batches,
     rebuild,
     start_again,
@@ -113,7 +116,8 @@ def load_inputs(recipe: Recipe, *, weights: bool = True) -> Inputs:
     device = resolve_device(recipe.model.device)
     check_optimizer(recipe.train, device)
     source = resolve_source(recipe.model, weights=weights)
-    config = load_config(source)
+    plain = load_config(source)
+    config = planned_config(plain, recipe)
     tokenizer = load_tokenizer(source, recipe.model.chat_template)
     tokens = add_new_tokens(tokenizer, recipe.adapter.new_tokens)
     skeleton = build_skeleton(config)
@@ -123,7 +127,7 @@ def load_inputs(recipe: Recipe, *, weights: bool = True) -> Inputs:
             check()
     if weights:
         with collected:
-            stored_tensors(source, skeleton)
+            stored_tensors(source, skeleton if config is plain else build_skeleton(plain))
     for folder in _given_adapters(recipe):
         with collected:
             check_start(folder)
@@ -165,10 +169,12 @@ def prepare(
     *,
     bound: Mapping[str, Any] | None = None,
     checkpoint: Path | None = None,
+    low_rank: Path | None = None,
 ) -> Prepared:
-    """Load everything. Nothing is written.
+    """Load everything. Nothing is written but the decomposed base, where the recipe wants one.
 
     `bound`: the recipe's keys as a checkpoint to go on from has them; `checkpoint`: its folder, which holds the start.
+    `low_rank`: the folder of the decomposed base; by default in the run folder.
     """
     refuse_many_processes()
     inputs = load_inputs(recipe)
@@ -182,12 +188,12 @@ def prepare(
     if notice := refuse_full_disk(recipe, inputs.config, run_dir):
         reporter.warning(notice)
     verify_download(inputs.source)
-    base = load_recipe_base(inputs.source, recipe)
+    base = load_recipe_base(_base_source(recipe, inputs, low_rank or run_dir.low_rank, reporter), recipe)
     CausalModel(base.model).check_head()
     add_end_tokens(base.model, inputs.train.end_token_ids)
     model = attach_adapter(
         base.model,
-        recipe.adapter,
+        with_factors(recipe.adapter, base.model),
         recipe.run.seed,
         base_name=inputs.source.name,
         fused=recipe.train.fused,
@@ -243,6 +249,14 @@ def prepare(
         ),
     )
     return Prepared(inputs, base, facts, speed, job)
+
+
+def _base_source(recipe: Recipe, inputs: Inputs, low_rank: Path, reporter: Reporter) -> Source:
+    """The base as it is given, or decomposed by what the first micro-batches make of it."""
+    if recipe.model.lord_keep_frac is None:
+        return inputs.source
+    batches = first_batches(recipe, _loader(recipe, inputs), recipe.model.lord_batches)
+    return low_rank_source(recipe, inputs.source, inputs.config, batches, low_rank, reporter.message)
 
 
 def _given_adapters(recipe: Recipe) -> list[Path]:

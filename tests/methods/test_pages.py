@@ -20,8 +20,11 @@ def test_the_page_names_every_paper() -> None:
     assert all(f"](https://arxiv.org/abs/{method.arxiv})" in text for method in METHODS.values())
 
 
-def test_one_recipe_for_each_method_and_no_other() -> None:
-    assert {path.stem for path in FOLDER.glob("*.yaml")} == METHODS.keys()
+def test_one_recipe_for_each_method_and_lord_and_no_other() -> None:
+    assert {path.stem for path in FOLDER.glob("*.yaml")} == {*METHODS, "lord"}
+    lord = load_recipe(FOLDER / "lord.yaml").recipe
+    assert lord.model.lord_keep_frac is not None and lord.adapter.method == "lora"
+    assert "](https://arxiv.org/abs/2309.14021)" in (FOLDER / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", METHODS)

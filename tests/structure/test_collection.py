@@ -20,7 +20,7 @@ RECIPES = {
     "quickstart.yaml",
     "qwen3-32b-24gb.yaml",
     "spelling.yaml",
-    *(f"methods/{name}.yaml" for name in METHODS),
+    *(f"methods/{name}.yaml" for name in (*METHODS, "lord")),
 }
 
 WITH_DOCTESTS = [path for path in python_files("qlora_train") if ">>> " in path.read_text(encoding="utf-8")]

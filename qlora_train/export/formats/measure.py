@@ -13,6 +13,8 @@ from qlora_train.export.tensors import Onto
 from qlora_train.export.verify import Reference, Verdict, room_for, worst_layer
 from qlora_train.model.causal import CausalModel
 from qlora_train.model.hollow import build_hollow
+from qlora_train.model.low_rank import dense_name, ranks_of
+from qlora_train.model.skeleton import load_config
 from qlora_train.model.source import Source
 from qlora_train.model.trained import FinishedRun
 
@@ -50,7 +52,7 @@ def measure(
     gc.collect()
     worst = None
     if dtype is not None:
-        names = run.base_print.tensors
+        names = {dense_name(name, ranks_of(load_config(source))) for name in run.base_print.tensors}
         worst = worst_layer(run, reference, weights, names.__contains__, dtype, onto)
     if reference.how == "layers":
         model = build_hollow(run.config(source), reference.device)

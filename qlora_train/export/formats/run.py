@@ -250,7 +250,7 @@ def _refuse_taken(folders: dict[str, Path]) -> None:
 
 
 def _check_room(run: FinishedRun, target: Path, names: Sequence[str]) -> None:
-    needed = sum(max(_ADAPTER_BYTES, int(run.base_print.num_params * _bits(run, name) / 8)) for name in names)
+    needed = sum(max(_ADAPTER_BYTES, int(run.num_merged_params * _bits(run, name) / 8)) for name in names)
     folder = next(path for path in target.absolute().parents if path.exists())
     if (free := shutil.disk_usage(folder).free) < needed:
         raise MachineError(

@@ -336,6 +336,12 @@ def check_k_quant(job: Job, name: str) -> None:
 
 def check_adapter(job: Job) -> None:
     """Refuse an adapter that is no plain LoRA on the base that users have."""
+    if job.run.recipe.model.lord_keep_frac is not None:
+        raise ModelError(
+            "the adapter belongs to a base whose layers are in two factors (model.lord_keep_frac): the base that "
+            "others have lacks those layers",
+            fix="export the merged model",
+        )
     adapter = job.run.run_dir.adapter
     served_rank(read_deltas(adapter))
     if read_taken(adapter):
