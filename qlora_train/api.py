@@ -51,7 +51,7 @@ from qlora_train.export.formats.run import export_formats as publish_formats
 from qlora_train.export.run import ExportResult, run_export
 from qlora_train.export.unread import SAFETENSORS, refuse_unread
 from qlora_train.export.verify import load_merged
-from qlora_train.memory.answer import PlanResult, answer
+from qlora_train.memory.answer import PlanResult, answer, planned_recipe
 from qlora_train.memory.table import PlanTable, plan_table
 from qlora_train.model.architecture import load_architecture
 from qlora_train.model.binding import refuse_other_base
@@ -65,7 +65,6 @@ from qlora_train.model.tokens import add_new_tokens
 from qlora_train.model.trained import MEASURED_ON, load_trained, open_run
 from qlora_train.recipe.advice import near_files
 from qlora_train.recipe.load import LoadedRecipe, load_recipe
-from qlora_train.recipe.schema import Recipe
 from qlora_train.recipe.sources import is_hub_id
 from qlora_train.report.run import ReportResult, write_report
 from qlora_train.train.deepcheck import Finding, deep_check, refuse_failed
@@ -215,7 +214,7 @@ def plan(
     would find here. `model` stands in for model.path: a folder, a hub id, a GGUF file or a bare config.json.
     Raises RecipeError for an unknown card, ModelError where no config is found or the model cannot be trained.
     """
-    return answer(_planned_recipe(recipe, overrides, model), vram=vram, gpu=gpu)
+    return answer(planned_recipe(recipe, overrides, model), vram=vram, gpu=gpu)
 
 
 def plan_cards(
@@ -226,19 +225,8 @@ def plan_cards(
     models: Sequence[str] = (),
 ) -> PlanTable:
     """The largest micro-batch that fits, for models x cards x sequence lengths; the recipe's own model by default."""
-    named = [_planned_recipe(recipe, overrides, model) for model in models or (None,)]
+    named = [planned_recipe(recipe, overrides, model) for model in models or (None,)]
     return plan_table([(one, planned_config(load_architecture(one.model), one)) for one in named], gpus)
-
-
-def _planned_recipe(recipe: Path, overrides: Sequence[str], model: str | None) -> Recipe:
-    """A recipe whose files of rows may be absent."""
-    if model is not None:
-        path = Path(model).absolute() if Path(model).exists() else model
-        if path == model and (Path(model).suffix in (".json", ".gguf") or model.count("/") != 1):
-            fix = near_files(Path(model)) or "check the path, or name a hub id: OWNER/NAME"
-            raise RecipeError(f"there is no file {model}", fix=fix, where="--model")
-        overrides = [*overrides, f"model.path={json.dumps(str(path))}"]
-    return load_recipe(recipe, overrides, with_data=False).recipe
 
 
 def train(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +19,8 @@ from qlora_train.model.architecture import load_architecture
 from qlora_train.model.load import resolve_device
 from qlora_train.model.lord import planned_config
 from qlora_train.model.skeleton import check_length
+from qlora_train.recipe.advice import near_files
+from qlora_train.recipe.load import load_recipe
 from qlora_train.recipe.schema import Recipe
 
 
@@ -83,3 +88,14 @@ def _target(recipe: Recipe, vram: str | None, gpu: str | None) -> _Target:
         total = int(torch.cuda.get_device_properties(device).total_memory)
         return _Target("cuda", total, torch.cuda.get_device_name(device))
     return _Target("cpu", host_free_bytes(), "the CPUs of this machine")
+
+
+def planned_recipe(recipe: Path, overrides: Sequence[str], model: str | None) -> Recipe:
+    """A recipe to plan for, on another `model` if one is named; files of rows may be absent. RecipeError where not."""
+    if model is not None:
+        path = Path(model).absolute() if Path(model).exists() else model
+        if path == model and (Path(model).suffix in (".json", ".gguf") or model.count("/") != 1):
+            fix = near_files(Path(model)) or "check the path, or name a hub id: OWNER/NAME"
+            raise RecipeError(f"there is no file {model}", fix=fix, where="--model")
+        overrides = [*overrides, f"model.path={json.dumps(str(path))}"]
+    return load_recipe(recipe, overrides, with_data=False).recipe
