@@ -11,6 +11,7 @@ from peft import LoraConfig
 
 from qlora_train.adapters.forms.base import Form
 from qlora_train.adapters.forms.registry import FORMS
+from qlora_train.adapters.module_names import is_named
 from qlora_train.recipe.methods import METHODS, Method
 from qlora_train.recipe.schema import AdapterSection
 
@@ -34,7 +35,7 @@ class AdapterConfig(LoraConfig):
         found = self.trainable_token_indices or ()
         if not isinstance(found, dict):
             return list(found)
-        return next((ids for name, ids in found.items() if module == name or module.endswith(f".{name}")), [])
+        return next((ids for name, ids in found.items() if is_named(module, [name])), [])
 
     def rank_of(self, module: str) -> int:
         """The rank at one module: that of `rank_pattern` where it names it."""
@@ -79,6 +80,6 @@ def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     """As PEFT looks it up: the first pattern that is the module's name or ends it after a dot."""
     for pattern, value in patterns.items():
         name = re.sub(r"\\(.)", r"\1", pattern)
-        if module == name or module.endswith(f".{name}"):
+        if is_named(module, [name]):
             return value
     return default

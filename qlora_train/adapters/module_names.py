@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 def layer_of(module: str) -> int | None:
     """The first number in a module's name; None outside of the layers.
@@ -19,3 +21,12 @@ def name_of(module: str) -> str:
     'q_proj'
     """
     return module.rpartition(".")[2]
+
+
+def is_named(module: str, names: Iterable[str]) -> bool:
+    """Whether one of the names is a module's own, or ends it after a dot: so recipes and PEFT mean names.
+
+    >>> is_named("model.layers.1.mlp.up_proj", ["mlp.up_proj"]), is_named("model.layers.1.mlp.up_proj", ["proj"])
+    (True, False)
+    """
+    return any(module == name or module.endswith(f".{name}") for name in names)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from qlora_train.adapters.config import AdapterConfig
 from qlora_train.adapters.layers import register_layers
+from qlora_train.adapters.module_names import is_named
 from qlora_train.errors import ModelError
 from qlora_train.loss import TrainedRows, head_logits
 from qlora_train.names import PEFT_PREFIX
@@ -212,7 +213,7 @@ def build_peft_model(model: nn.Module, config: AdapterConfig) -> PeftModel:
 def _full_name(name: str, tables: Mapping[str, Any]) -> str:
     """The table that a name of PEFT's config means: its own name, or the end of it."""
     for full_name in tables:
-        if full_name == name or full_name.endswith(f".{name}"):
+        if is_named(full_name, [name]):
             return full_name
     raise ModelError(
         f"the adapter trains rows of {name}; this model's tables are {', '.join(tables)}",

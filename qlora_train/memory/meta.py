@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import masking_utils
 
 from qlora_train.adapters.attach import attach_adapter
+from qlora_train.adapters.module_names import is_named
 from qlora_train.adapters.tokens import NewTokens
 from qlora_train.data.loader import MicroBatch
 from qlora_train.errors import ModelError, first_line
@@ -106,7 +107,7 @@ def _cut(config: Any, num_layers: int) -> None:
 def _quantise(model: nn.Module, quant: QuantSection) -> None:
     settings = QuantSettings.of(quant.quant_type, quant.double_quant, quant.block_size, quant.storage_dtype)
     for name, layer in linear_layers(model).items():
-        if not any(name == skipped or name.endswith(f".{skipped}") for skipped in quant.skip_modules):
+        if not is_named(name, quant.skip_modules):
             parent, _, own_name = name.rpartition(".")
             setattr(model.get_submodule(parent), own_name, meta_linear4bit(layer, settings))
 

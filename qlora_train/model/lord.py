@@ -25,6 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from qlora_train.adapters.module_names import is_named
 from qlora_train.artifacts.files import explained, sha256_file
 from qlora_train.artifacts.folders import manifest_faults, publishing, read_manifest
 from qlora_train.data.loader import MicroBatch
@@ -65,9 +66,9 @@ def planned_config(config: Any, recipe: Recipe) -> Any:
     multiple = cpu_width_multiple(recipe.quant.block_size)
     ranks = {}
     for name, layer in linear_layers(skeleton).items():
-        asked = isinstance(names, str) or _named(name, names)
+        asked = isinstance(names, str) or is_named(name, names)
         rank = rank_for(layer.out_features, layer.in_features, keep_frac, multiple)
-        if asked and rank and not _named(name, recipe.quant.skip_modules):
+        if asked and rank and not is_named(name, recipe.quant.skip_modules):
             ranks[name] = rank
     if not ranks:
         raise ModelError(
@@ -76,10 +77,6 @@ def planned_config(config: Any, recipe: Recipe) -> Any:
             fix="raise model.lord_keep_frac, name wider layers in model.lord_modules, or remove it",
         )
     return with_ranks(config, ranks)
-
-
-def _named(name: str, names: Sequence[str]) -> bool:
-    return any(name == one or name.endswith(f".{one}") for one in names)
 
 
 class Moments:

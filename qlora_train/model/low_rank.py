@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.auto_factory import _get_model_class
 
+from qlora_train.adapters.module_names import is_named
 from qlora_train.recipe.schema import AdapterSection
 
 RANKS = "lord_ranks"  # in config.json of a decomposed base
@@ -113,11 +114,9 @@ def with_factors(section: AdapterSection, model: nn.Module) -> AdapterSection:
         return section
     names: list[str] = []
     for target in targets:
-        split = [name for name in layers if name == target or name.endswith(f".{target}")]
+        split = [name for name in layers if is_named(name, [target])]
         whole = [
-            name
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and (name == target or name.endswith(f".{target}"))
+            name for name, module in model.named_modules() if isinstance(module, nn.Linear) and is_named(name, [target])
         ]
         if split and whole:  # a name for some layers that are two and some that are one
             names += [*whole, *(f"{name}.{factor}" for name in split for factor in FACTORS)]

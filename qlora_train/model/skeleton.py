@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 
+from qlora_train.adapters.module_names import is_named
 from qlora_train.errors import ModelError, first_line
 from qlora_train.model.low_rank import FACTORS, causal_class, low_rank_layers
 from qlora_train.model.source import Source
@@ -129,7 +130,7 @@ def check_targets(model: nn.Module, target_modules: str | tuple[str, ...], key: 
         return
     counts = name_table(layers)
     known_names = [*layers, *(name for name, _ in low_rank_layers(model))]
-    missing = [t for t in target_modules if not any(_is_named(n, (t,)) for n in known_names)]
+    missing = [t for t in target_modules if not any(is_named(n, (t,)) for n in known_names)]
     if missing:
         near = {t: get_close_matches(t, counts, n=2, cutoff=0.5) or list(counts) for t in missing}
         what = "; ".join(f"{t!r} matches no linear layer, nearest: {', '.join(near[t])}" for t in missing)
@@ -140,7 +141,7 @@ def check_targets(model: nn.Module, target_modules: str | tuple[str, ...], key: 
 def check_skipped(model: nn.Module, skip_modules: tuple[str, ...]) -> None:
     """Every entry of quant.skip_modules must name a linear layer, as its last name or as a whole."""
     layers = linear_layers(model)
-    unknown = [s for s in skip_modules if not any(_is_named(n, (s,)) for n in layers)]
+    unknown = [s for s in skip_modules if not any(is_named(n, (s,)) for n in layers)]
     if unknown:
         raise ModelError(
             f"quant.skip_modules: {', '.join(map(repr, unknown))} matches no linear layer",
@@ -185,7 +186,7 @@ def _other_widths(model: nn.Module, multiple: int, skipped: tuple[str, ...]) -> 
     return {
         name: layer.in_features
         for name, layer in linear_layers(model).items()
-        if layer.in_features % multiple and not _is_named(name, skipped)
+        if layer.in_features % multiple and not is_named(name, skipped)
     }
 
 
@@ -193,11 +194,6 @@ def _left_out(bad: Iterable[str], quant: QuantSection) -> str:
     """How to leave these layers in 16 bit, besides those that are already."""
     names = dict.fromkeys((*quant.skip_modules, *name_table(bad)))
     return f"leave them in 16 bit (quant.skip_modules: [{', '.join(names)}])"
-
-
-def _is_named(layer: str, names: Iterable[str]) -> bool:
-    """Whether a layer is among names that are given as its last name, its last few, or all of it."""
-    return any(layer == name or layer.endswith("." + name) for name in names)
 
 
 def check_vocabulary(largest_id: int, config: Any, num_added_rows: int = 0) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from qlora_train.adapters.attach import split_parameter_name
 from qlora_train.adapters.forms.base import layer_tensors
 from qlora_train.adapters.layers import adapted_layers
+from qlora_train.adapters.module_names import is_named
 from qlora_train.adapters.tokens import token_layers
 from qlora_train.artifacts.layout import RunDir
 from qlora_train.data.encode import Encoder
@@ -108,7 +109,7 @@ def check_quantised(inputs: Inputs, base_print: BasePrint, quant: QuantSection) 
         bar = "none: quant.quant_type is none"
         yield Finding("linear layers in 4 bit", f"{len(in_4bit)} of {len(layers)}", bar, not in_4bit, "report this")
         return
-    skipped = {n for n in layers if any(n == skip or n.endswith("." + skip) for skip in quant.skip_modules)}
+    skipped = {name for name in layers if is_named(name, quant.skip_modules)}
     wrong = sorted(in_4bit ^ (set(layers) - skipped))
     yield Finding(
         f"linear layers in {quant.quant_type}",

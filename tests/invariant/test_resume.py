@@ -74,7 +74,7 @@ def test_a_used_folder_says_what_it_holds(straight: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("where", "change"), [("run.rehearse", "eval.every=1"), ("scores.score_side", "eval.max_new_tokens=5")]
+    ("where", "change"), [("run.rehearse", "eval.every=1"), ("scores.score_side", "eval.generate_rows=2")]
 )
 def test_a_resume_that_does_not_fit_leaves_the_run_as_it_was(
     straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, change: str

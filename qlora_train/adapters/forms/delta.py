@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from qlora_train.adapters.forms.base import Form, Shapes, Tensors, layer_tensors
+from qlora_train.adapters.module_names import is_named
 from qlora_train.adapters.updates import Difference, Update
 from qlora_train.errors import ModelError
 from qlora_train.quant.bnb import Params4bit
@@ -124,4 +125,4 @@ def _matches(word: str, name: str, module: nn.Module) -> bool:
         return "norm" in type(module).__name__.lower()
     if word == "bias":
         return isinstance(module, nn.Linear)
-    return name == word or name.endswith(f".{word}")
+    return is_named(name, [word])
