@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+from qlora_train.artifacts.files import append_json_line
+from qlora_train.errors import MachineError
 from qlora_train.export.tensors import adapter_sha256
 from qlora_train.export.verify import Verdict
 from qlora_train.model.trained import FinishedRun
 
 
-def record_export(run: FinishedRun, target: Path, verdict: Verdict, stored: str | None = None) -> None:
+def record_export(
+    run: FinishedRun, target: Path, verdict: Verdict, say: Callable[[str], None], stored: str | None = None
+) -> None:
     """Append to exports.jsonl how the weights are stored (default: export.export_dtype), and the verdict.
 
-    A run folder that cannot be written to does not undo an export: the line is missing.
+    A run folder that cannot be written to does not undo an export: the line is missing, and `say` hears of it.
     """
     line = {
         "folder": str(target.absolute()),
@@ -29,5 +32,7 @@ def record_export(run: FinishedRun, target: Path, verdict: Verdict, stored: str 
         "merged": asdict(verdict.merged),
         "adapter_off": asdict(verdict.adapter_off),
     }
-    with contextlib.suppress(OSError), run.run_dir.exports.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    try:
+        append_json_line(run.run_dir.exports, line)
+    except MachineError as error:
+        say(f"the run's report will not know of this export: {error.problems[0].what}")

@@ -98,11 +98,11 @@ def run_export(
         golden = _write_small_files(folder, work, audit["end_token_ids"])
         facts = work.merge(folder, finished, audit)
         if not facts.verdict.accepted:
-            record_export(run, target, facts.verdict)
+            record_export(run, target, facts.verdict, say)
             raise _refusal(facts.verdict, run.recipe.export.export_dtype)
         (folder / "README.md").write_text(model_card(target.name, facts), encoding="utf-8")
         (folder / "export.json").write_text(json.dumps(figures(facts), indent=1), encoding="utf-8")
-    record_export(run, target, facts.verdict)
+    record_export(run, target, facts.verdict, say)
     return ExportResult(
         folder=target,
         verdict=facts.verdict,

@@ -122,7 +122,7 @@ def _value_problem(dotted: str, shape: Mapping[str, Any], node: Node, error: Err
         fix += "" if close else _as_list(shape, value)
         number = _is_number(shape) and re.fullmatch(r"0*(\d[\d_]{0,15})", value)
         fix += f", such as {number[1].replace('_', '')} (no quotes, leading zeros or _)" if number else ""
-    elif isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
+    elif isinstance(value, float) and value.is_integer() and abs(value) < 1e15 and error["type"] not in _RANGE_ERRORS:
         fix += f"; write {int(value)}"
     if error["type"] in _RANGE_ERRORS:
         return Problem(f"{dotted}: {node.shown} is out of range", fix, where)

@@ -115,7 +115,7 @@ def export_formats(
             continue
         heard.stage(f"writing {name}")
         with memory_advice(run, f"while {name} was written and measured", saved=f"nothing of {name} was published"):
-            results.append(_publish(job, measured, name, folders[name]))
+            results.append(_publish(job, measured, name, folders[name], heard.stage))
         heard.published(results[-1])
     addresses = _push_all(folders, pushed, heard.stage)
     return FormatsResult(
@@ -157,7 +157,7 @@ def _job(run: FinishedRun, name: str) -> tuple[Job, Split]:
     return Job(run, source, tokenizer, ends, golden, name, find_licence(run, source)), rows
 
 
-def _publish(job: Job, measured: Measured, name: str, target: Path) -> FormatResult:
+def _publish(job: Job, measured: Measured, name: str, target: Path, say: Callable[[str], None]) -> FormatResult:
     kind, run = FORMATS[name], job.run
     with publishing(target, manifest={"base_digest": run.base_print.digest, "format": name}) as folder:
         written = kind.write(job, folder)
@@ -166,13 +166,13 @@ def _publish(job: Job, measured: Measured, name: str, target: Path) -> FormatRes
             run, job.source, measured.reference, written.weights, onto=onto, lossy=kind.lossy, dtype=kind.dtype
         )
         if not verdict.accepted:
-            record_export(run, target, verdict, stored=name)
+            record_export(run, target, verdict, say, stored=name)
             raise _too_far(name, verdict, lossy=kind.lossy)
         facts = _facts(job, measured, name, kind, verdict, written)
         copy_texts(job.source, folder)
         (folder / "README.md").write_text(format_card(facts), encoding="utf-8")
         (folder / "export.json").write_text(json.dumps(format_figures(facts), indent=1), encoding="utf-8")
-    record_export(run, target, verdict, stored=name)
+    record_export(run, target, verdict, say, stored=name)
     return _result(name, target, verdict, written)
 
 

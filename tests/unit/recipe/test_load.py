@@ -248,6 +248,11 @@ def test_missing_keys_point_at_their_section(here: Path) -> None:
     assert only("model: {path: org/base}\ndata: {train: train.jsonl}\n").what == "run.dir: missing"
 
 
+def test_a_value_out_of_range_is_not_offered_again(here: Path) -> None:
+    (found,) = problems(GOOD, "model.lord_keep_frac=1.0")
+    assert found.what == "model.lord_keep_frac: 1.0 is out of range" and "write 1" not in found.fix
+
+
 def test_a_misspelt_section_is_read_as_what_it_was_meant_to_be(here: Path) -> None:
     found = problems(GOOD.replace("data:", "dta:") + "exprot:\n  shard_gib: 0\n")
     assert [problem.what for problem in found] == [
