@@ -35,7 +35,7 @@ def trial_batch(num_lines: int, num_tokens: int, row_tokens: int, *, packed: boo
     widths += [num_tokens - sum(widths)] if sum(widths) < num_tokens else []
     rows = [_supervised_row(width) for _ in range(num_lines) for width in widths]
     lines = [range(first, first + len(widths)) for first in range(0, len(rows), len(widths))]
-    return collate(TokenTable.of_rows(rows), lines, 0, packed=packed)
+    return collate(TokenTable.of_rows(rows), lines, 0, packed=packed, seq_len=num_tokens)
 
 
 def _supervised_row(num_tokens: int) -> TokenRow:

@@ -266,7 +266,7 @@ def test_fused_projections_train_and_export(build: Callable[[Path], Path], tmp_p
 
 def test_plain_text_and_full_checkpointing(tmp_path: Path, tiny_llama_dir: Path) -> None:
     """The text format, `loss_on` left alone, an unquantised base, and all batchings."""
-    rows = [{"text": f"a line of text, number {i} " * (1 + i % 4)} for i in range(12)]
+    rows = [{"text": f"a line of text, number {i} " * (1 + i % 4)} for i in range(24)]
     write_rows(tmp_path / "train.jsonl", rows)
     write_rows(tmp_path / "test.jsonl", rows[:3])
     padding = {}
@@ -285,7 +285,7 @@ def test_plain_text_and_full_checkpointing(tmp_path: Path, tiny_llama_dir: Path)
         assert json.loads(outcome.out)["adapter"]["scores"] is None, "plain text asks nothing"
         train = json.loads((tmp_path / batching / "data.json").read_text())["splits"][0]
         padding[batching] = train["batching"]["padding_frac"]
-    assert padding["packed"] < padding["length_grouped"] <= padding["shuffled"]
+    assert max(padding["packed"], padding["length_grouped"]) < padding["shuffled"]
     assert run_cli("export", tmp_path / "shuffled", tmp_path / "merged").code == 0
 
 

@@ -191,7 +191,7 @@ def test_a_resume_that_runs_out_before_it_goes_on_leaves_the_run_as_it_was(
 def test_while_the_model_is_loaded(
     straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fail: Callable[[], None]
 ) -> None:
-    fail_at(monkeypatch, "qlora_train.model.load.AutoModelForCausalLM.from_pretrained", 1, fail)
+    fail_at(monkeypatch, "qlora_train.model.low_rank.AutoModelForCausalLM.from_pretrained", 1, fail)
     outcome = disturbed(straight, tmp_path / "run")
     advised(outcome, "while data and model were loaded")
     assert not (tmp_path / "run" / "ckpt").exists()

@@ -127,6 +127,7 @@ def all_keys() -> set[str]:
 def test_every_trajectory_key_is_tried() -> None:
     """But for the options of other methods, which come with `adapter.method`, and what this recipe cannot have."""
     cannot = {"model.attn_implementation", "data.split"}  # beside packs; beside data.eval
+    cannot |= {key for key in all_keys() if key.startswith("model.lord_")}  # wider layers: tests/methods/test_lord.py
     tried = {override.partition("=")[0] for override in TRAJECTORY} | cannot
     options = {f"adapter.{option}" for method in METHODS.values() for option in method.options}
     assert {key for key in all_keys() - ROUNDING_KEYS if not is_neutral(key)} - tried == options
