@@ -229,7 +229,10 @@ def test_a_failing_template_is_named_with_its_line_and_the_row(tmp_path: Path, t
     refused(run_cli("data", recipe), 4, "train.jsonl:1", "line 2", "no system role here")
 
 
-def test_a_template_without_end_is_stopped(tmp_path: Path, tiny_llama_dir: Path) -> None:
+def test_a_template_without_end_is_stopped(
+    tmp_path: Path, tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qlora_train.data.sandbox.ROW_SECONDS", 0.6)
     (tmp_path / "t.jinja").write_text("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}")
     recipe = write_recipe(tmp_path, tiny_llama_dir, model__chat_template="t.jinja")
     refused(run_cli("data", recipe), 8, "template")

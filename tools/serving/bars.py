@@ -22,7 +22,7 @@ MAX_KL = {
 }
 LEAST_TOP1 = {"gguf-f16": 0.99, "lora": 0.99, "gguf-lora": 0.99, "nf4-lora": 0.99}
 # Of the short form; the long one takes all, on the recipe's rows.
-SHORT = ("gguf-f16", "gguf-q8_0", "lora")
+SHORT = ("gguf-f16", "lora")
 _ANY_KL = "export.max_kl=100"  # what 4 bit cost is measured here, not judged
 
 
