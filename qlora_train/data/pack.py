@@ -35,7 +35,7 @@ def pack(lengths: NDArray[np.integer], seq_len: int, generator: np.random.Genera
     work follows the number of different lengths. Best-fit decreasing leaves 7.0 % of `shell` at 256 tokens a pack
     empty, this 2.8 %; at 768 tokens 2.2 % and 0.2 %.
 
-    `lengths` are tokens, 1 .. seq_len each. Items of equal length come in random order; packs are numbered in the order
+    `lengths` are tokens, 1 .. seq_len each. Rows of equal length come in random order; packs are numbered in the order
     in which they were filled, so shuffle them before use. Number and fill of the packs depend on the lengths alone,
     never on the generator. Raises nothing: longer or empty rows are the caller's bug (assert).
 
@@ -82,7 +82,7 @@ def _fullest(lengths_left: Sequence[int], left: Mapping[int, int], seq_len: int)
     fill, space = {longest: 1}, seq_len - longest
 
     def spare(length: int) -> int:
-        """Copies of an row that can still be added."""
+        """Copies of a row that can still be added."""
         return min(left[length] - fill.get(length, 0), space // length)
 
     fitting = bisect_right(lengths_left, space)

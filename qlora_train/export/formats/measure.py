@@ -52,7 +52,8 @@ def measure(
     gc.collect()
     worst = None
     if dtype is not None:
-        names = {dense_name(name, ranks_of(load_config(source))) for name in run.base_print.tensors}
+        ranks = ranks_of(load_config(source))
+        names = {dense_name(name, ranks) for name in run.base_print.tensors}
         worst = worst_layer(run, reference, weights, names.__contains__, dtype, onto)
     if reference.how == "layers":
         model = build_hollow(run.config(source), reference.device)
