@@ -73,7 +73,7 @@ def make_model(size: str, folder: Path, *, shard_bytes: int = 2**31, seed: int =
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
-        max_position_embeddings=2048,
+        max_position_embeddings=8192,
         tie_word_embeddings=tied,
         bos_token_id=1,
         eos_token_id=2,

@@ -129,15 +129,22 @@ class Loader:
         return self._planner.plan(self._locate(step_index)[0]).digest()
 
     def longest_micro_batch(self) -> MicroBatch:
-        """The most tokens that come together in the first epoch: for a rehearsal before step 0.
+        """What no micro-batch of the first epoch exceeds, for a rehearsal before step 0: the most tokens that come
+        together, with as many of them supervised as in the one that has the most.
 
         Padded: the longest rows, more than any epoch needs. Packed: the fullest packs; how full packs are follows from
         the lengths alone, so other epochs have the same unless a source is passed over a broken number of times.
         """
+        count, supervised = self._micro_batch_size, self._table.num_supervised
         if self._packed:
-            return self._collate(self._planner.plan(0).longest_lines(self._table.lengths, self._micro_batch_size))
-        longest = np.argsort(-self._table.lengths, kind="stable")[: self._micro_batch_size]
-        return self._collate([[row] for row in longest.tolist()])
+            plan = self._planner.plan(0)
+            lines = plan.longest_lines(self._table.lengths, count)
+            most = plan.largest_sum(supervised)
+        else:
+            longest = np.argsort(-self._table.lengths, kind="stable")[:count]
+            lines = [[row] for row in longest.tolist()]
+            most = int(np.sort(supervised)[-count:].sum())
+        return _with_supervised(self._collate(lines), most)
 
     def num_lines(self, epoch: int) -> int:
         """Packs of an epoch, or padded rows."""
@@ -235,6 +242,31 @@ def collate(
         position_ids=shaped(position_ids),
         weights=shaped(weights),
     )
+
+
+def _with_supervised(batch: MicroBatch, count: int) -> MicroBatch:
+    """The same tokens, of which at least `count` are supervised, or all that can be: in a line, all but the first."""
+    labels = batch.labels.clone()
+    real = torch.zeros_like(labels, dtype=torch.bool)
+    for line, stop in enumerate(_line_stops(batch)):
+        real[line, 1:stop] = True
+    more = (real & (labels == IGNORE_INDEX)).flatten().nonzero()[:, 0][: max(0, count - batch.num_supervised_tokens)]
+    labels.view(-1)[more] = batch.input_ids.view(-1)[more]
+    weights = None if batch.weights is None else batch.weights.clone()
+    if weights is not None:
+        weights.view(-1)[more] = 1.0
+    num_supervised_tokens = batch.num_supervised_tokens + len(more)
+    return replace(batch, labels=labels, weights=weights, num_supervised_tokens=num_supervised_tokens)
+
+
+def _line_stops(batch: MicroBatch) -> list[int]:
+    """Tokens of each line, without padding."""
+    if batch.row_starts is None:
+        return list(batch.row_lengths)
+    width, stops = batch.input_ids.shape[1], [0] * len(batch.input_ids)
+    for start, length in zip(batch.row_starts, batch.row_lengths, strict=True):
+        stops[start // width] = start % width + length
+    return stops
 
 
 def _layout(

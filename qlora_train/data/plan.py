@@ -57,6 +57,11 @@ class Plan:
         order = np.lexsort((-np.add.reduceat(tokens**2, firsts), -np.add.reduceat(tokens, firsts)))
         return [self._line(int(i)) for i in order[:count]]
 
+    def largest_sum(self, values: NDArray[np.int32]) -> int:
+        """The most that a micro-batch has of something that each row has `values` of."""
+        firsts = self.line_starts[self.micro_batch_starts[:-1]]
+        return int(np.add.reduceat(values[self.rows].astype(np.int64), firsts).max())
+
     def padding_frac(self, lengths: NDArray[np.int32]) -> float:
         """Share of the positions that are padding, each micro-batch being as wide as its longest line asks for."""
         if not len(self.rows):

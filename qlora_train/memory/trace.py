@@ -248,9 +248,8 @@ def cuda_workspaces(dtype: torch.dtype) -> Workspaces:
     """Flash attention's backward pass, and bitsandbytes' matmul on codes.
 
     FlashAttention-2 (csrc/flash_attn/flash_api.cpp, mha_bwd and mha_varlen_bwd): float32 dq and the softmax's sums, and
-    dk and dv of every query head where heads share keys. cuDNN's kernel, which torch prefers on Hopper, may take
-    another amount. gemm_4bit dequantises the whole weight where there are many tokens (bitsandbytes 0.50,
-    backends/cuda/ops.py).
+    dk and dv of every query head where heads share keys. gemm_4bit dequantises the whole weight where there
+    are many tokens (bitsandbytes 0.50, backends/cuda/ops.py).
     """
 
     def varlen(grad: Tensor, query: Tensor, key: Tensor, *rest: Any, **kwargs: Any) -> int:

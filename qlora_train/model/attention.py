@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -252,12 +253,16 @@ def _suits_kernel(query: Tensor, value: Tensor) -> bool:
 
 
 def _by_varlen(q: Tensor, k: Tensor, v: Tensor, rows: RowBoundaries, scale: float, window: int) -> Tensor:
-    """torch's kernel for rows end to end. Padding between them is one more row."""
+    """Flash attention over rows end to end. Padding between them is one more row.
+
+    On Hopper torch would choose cuDNN, which plans anew for every count and length of rows: in nearly every step.
+    """
     edges, longest = rows.segments
-    back = window - 1 if window and window < longest else -1
-    return varlen_attn(  # type: ignore[return-value]
-        q, k, v, edges, edges, longest, longest, scale=scale, window_size=(back, 0), enable_gqa=q.shape[1] != k.shape[1]
-    )
+    back, grouped = window - 1 if window and window < longest else -1, q.shape[1] != k.shape[1]
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return varlen_attn(  # type: ignore[return-value]
+            q, k, v, edges, edges, longest, longest, scale=scale, window_size=(back, 0), enable_gqa=grouped
+        )
 
 
 def _by_buckets(

@@ -28,6 +28,7 @@ from qlora_train.recipe.schema import Recipe, TrainSection
 # most of a minute and saves some 10 % of a step at 0.3 to 0.6 Tflop/s (README.md, "Speed"): ten minutes of work. For
 # CUDA it is the same ten minutes at a twentieth of an A100's rate, not measured.
 LEAST_WORK = {"cpu": 3e14, "cuda": 1e16}
+_COMPILER = {"cpu": "install a C++ compiler", "cuda": "install triton as requirements.lock has it"}
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def check_machine(section: TrainSection, device: torch.device) -> None:
             fix="remove offload_checkpoints, or train on a CUDA device",
         )
     if section.compile is True and (fault := compiler_fault(device)):
-        raise MachineError(f"train.compile: {fault}", fix="install a C++ compiler, or set train.compile: false")
+        raise MachineError(f"train.compile: {fault}", fix=f"{_COMPILER[device.type]}, or set train.compile: false")
 
 
 def settle_compiling(recipe: Recipe, loader: Loader, num_weights: int, device: torch.device) -> Compiling:

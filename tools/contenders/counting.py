@@ -181,6 +181,10 @@ class StepCounter:
         self._decoder.forward = decoder_forward
         self._stack.callback(delattr, self._decoder, "forward")
         self._stack.callback(layer.register_forward_pre_hook(remember, with_kwargs=True).remove)
+        if next(layer.parameters()).is_cuda:
+            # There backward runs in another thread: a recomputation, compiled anew without the mode that counts here,
+            # keeps other tensors than the forward pass did, and torch refuses it (seen on an H100).
+            self._stack.enter_context(torch.compiler.set_stance("force_eager"))
         self._stack.enter_context(self._ops)
 
     def stop(self) -> Counts:

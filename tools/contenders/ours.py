@@ -17,8 +17,8 @@ _ALWAYS = {
 }
 _VARIANTS: dict[str, dict[str, str]] = {
     "full": {},
-    # What `auto` chooses where memory is to spare.
-    "none": {"train.checkpointing": "none", "train.resident_layers": "30"},
+    # What `auto` chooses where memory is to spare: and every layer dense.
+    "none": {"train.checkpointing": "none"},
     "bf16": {"quant.quant_type": "none"},
     "eager": {"train.compile": "false"},
 }
@@ -28,11 +28,16 @@ def load(options: Options, variant: str) -> Loaded:
     """Through the same preparation as `qlora-train train`."""
     from qlora_train.artifacts.layout import RunDir
     from qlora_train.data.loader import collate
+    from qlora_train.model.skeleton import load_config
+    from qlora_train.model.source import resolve_source
     from qlora_train.train.metrics import Silent
     from qlora_train.train.setup import prepare
     from qlora_train.train.step import accumulate_gradients, train_step
 
     said = _ALWAYS | _VARIANTS[variant]
+    if variant == "none":
+        model = load_config(resolve_source(recipe_of("shell", options).model))
+        said["train.resident_layers"] = str(model.get_text_config().num_hidden_layers)
     recipe = recipe_of("shell", options, *(f"{key}={value}" for key, value in said.items()))
     job = prepare(recipe, RunDir(Path("unused")), Silent()).job
     if options.vocabulary is not None:

@@ -368,6 +368,19 @@ def test_longest_micro_batch() -> None:
     assert packs.row_ids == (1, 4, 3) and packs.input_ids.shape == (2, 10)
 
 
+@pytest.mark.parametrize("batching", ["packed", "shuffled"])
+def test_no_micro_batch_supervises_more_than_the_longest(batching: str) -> None:
+    # The longest rows supervise little: what the head holds is set by another micro-batch.
+    rows = [row_of(range(1, 9), (7, 8, 1.0)), row_of(range(1, 10), (8, 9, 0.5)), row_of(range(1, 8), (1, 7, 1.0))]
+    loader = Loader(TokenTable.of_rows(rows * 4), batching, 2, 1, 0, 0, seq_len=10)
+    most = max(batch.num_supervised_tokens for step in range(6) for batch in loader.step(step))
+    longest = loader.longest_micro_batch()
+    assert longest.num_supervised_tokens == (most if batching == "packed" else 12) > 2
+    assert (longest.labels != IGNORE_INDEX).sum() == longest.num_supervised_tokens
+    assert longest.weights is not None and (longest.weights > 0).sum() == longest.num_supervised_tokens
+    assert set(longest.row_lengths) == {9} and not (longest.labels[:, 0] != IGNORE_INDEX).any()
+
+
 def test_to_moves_every_tensor() -> None:
     table = TokenTable.of_rows([row_of([1, 2, 3], (1, 3, 0.5))])
     batch = collate(table, [[0]], 0, packed=True).to("meta")
