@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from qlora_train.artifacts.files import write_file, write_json, write_json_lines
+from qlora_train.artifacts.files import explained, write_file, write_json, write_json_lines
 from qlora_train.artifacts.layout import RunDir
 from qlora_train.data.audit import Audit
 from qlora_train.data.duplicates import (
@@ -135,7 +135,8 @@ def write_account(run_dir: RunDir, plain: Mapping[str, Any], train: Split, held_
             for where, fate, reason in split.listed()
         ),
     )
-    run_dir.rejected.unlink(missing_ok=True)
+    with explained(run_dir.rejected):
+        run_dir.rejected.unlink(missing_ok=True)
     if any(split.audit.counts["rejected"] for split in splits):
         write_json_lines(run_dir.rejected, (entry for split in splits for entry in split.rejected()))
 

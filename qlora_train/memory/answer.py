@@ -18,7 +18,7 @@ from qlora_train.memory.plan import DeviceKind, Plan, plan_training
 from qlora_train.model.architecture import load_architecture
 from qlora_train.model.load import resolve_device
 from qlora_train.model.lord import planned_config
-from qlora_train.model.skeleton import check_length
+from qlora_train.model.skeleton import check_length, check_rotary
 from qlora_train.recipe.advice import near_files
 from qlora_train.recipe.load import load_recipe
 from qlora_train.recipe.schema import Recipe
@@ -57,6 +57,7 @@ def answer(recipe: Recipe, *, vram: str | None, gpu: str | None) -> PlanResult:
     target = _target(recipe, vram, gpu)
     config = planned_config(load_architecture(recipe.model), recipe)
     check_length(config, recipe.data.seq_len)
+    check_rotary(config, recipe)
     found = plan_training(recipe, config, device=target.kind, limit_bytes=target.num_bytes)
     better = spend if found.fits(target.num_bytes) else advise
     return PlanResult(found, target.name, target.num_bytes, better(found, target.num_bytes))

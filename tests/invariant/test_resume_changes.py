@@ -53,7 +53,10 @@ NEUTRAL: dict[str, Any] = {
 # What these name is bound by its fingerprint and may lie elsewhere; or there is one value on this machine.
 ELSEWHERE = {"adapter.init_from", "data.eval", "data.train", "model.path", "model.chat_template", "run.dir"}
 NOT_HERE = {"model.revision", "run.tracker_project", "train.offload_checkpoints"}  # a hub id, wandb, CUDA
-TOGETHER = {"train.checkpoint_every": {"train.checkpointing": "full"}}  # without which the key has no effect
+TOGETHER = {  # without which the key has no effect
+    "train.checkpoint_every": {"train.checkpointing": "full"},
+    "eval.max_new_tokens": {"eval.generate_rows": 1},
+}
 
 
 def resume(folder: Path, *arguments: str) -> Outcome:

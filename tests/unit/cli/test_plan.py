@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from transformers import Phi3Config
 
 from qlora_train.errors import OutOfMemory
 from tests.commandline import Outcome, run_cli
@@ -89,3 +90,14 @@ def test_the_table(recipe: Path) -> None:
     found = json.loads(result.out)
     assert [card["name"] for card in found["cards"]] == ["T4", "RTX 4090"]
     assert [row["seq_len"] for row in found["rows"]] == [512] and found["rows"][0]["packs"] == [64, 64]
+
+
+def test_what_a_run_refuses_of_the_model_is_not_planned(recipe: Path) -> None:
+    config = recipe.parent / "config.json"
+    sizes = {"num_key_value_heads": 4, "original_max_position_embeddings": 64, "pad_token_id": 0}
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 16, "long_factor": [4.0] * 16, "rope_theta": 1e4}
+    Phi3Config(
+        **{**json.loads(config.read_text()), **sizes, "model_type": "phi3", "rope_parameters": rope}
+    ).save_pretrained(recipe.parent)
+    result = plan(str(recipe), "--model", str(config), "--vram", "8GiB")
+    assert result.code == 4 and "more than 64 tokens (longrope)" in result.err, result.err
