@@ -7,6 +7,8 @@ PYTHON := .venv/bin/python
 SYNCED := .venv/.synced
 # uv from PATH, else one installed by pip into a small environment of its own (uv removes itself from .venv when it syncs).
 UV := $(shell command -v uv 2>/dev/null || echo .uv/bin/uv)
+# Every test computes on one thread (tests/conftest.py): one process for each core, up to four.
+PYTEST := $(PYTHON) -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 # The wheels of torch and its CUDA libraries are gigabytes: be patient with a slow line.
 export UV_HTTP_TIMEOUT ?= 600
 # Without bytecode on disk torch and bitsandbytes take 25 s to import instead of 7, in every process anew.
@@ -29,11 +31,11 @@ quickstart: $(SYNCED)  ## Fine-tune, evaluate, merge and verify a real model in 
 
 test: $(SYNCED)  ## Static checks, then every test that is not marked slow
 	$(PYTHON) tools/check.py --static
-	$(PYTHON) -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: $(SYNCED)  ## Static checks, then every test
 	$(PYTHON) tools/check.py --static
-	$(PYTHON) -m pytest
+	$(PYTEST)
 
 check: $(SYNCED)  ## The quick gate, under two minutes: ruff, mypy, unit and structure tests
 	$(PYTHON) tools/check.py

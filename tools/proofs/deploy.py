@@ -32,7 +32,7 @@ MAX_GIB = 3.0
 # layer's update is within rounding, and at twice the rate the next tokens of the merge are not the trained model's.
 SHORT_ROWS, SHORT_EVAL_ROWS = 800, 64
 # Rows and answers on which the ways to merge are compared.
-COMPARED, SHORT_COMPARED, ANSWERS, SHORT_ANSWERS = 200, 32, 200, 32
+COMPARED, SHORT_COMPARED, ANSWERS, SHORT_ANSWERS = 200, 64, 200, 32
 LAYER_ROWS, FAULT_ROWS = 2, 8  # rows that a large merge is verified on, and those that faults are planted in
 LAYER = "model.layers.7"
 EARLIER = "an earlier run that verifies"
