@@ -34,6 +34,7 @@ from qlora_train.analysis.tools import (
     fold_adapter,
     resize_adapter,
 )
+from qlora_train.artifacts.files import explained
 from qlora_train.artifacts.folders import locked
 from qlora_train.artifacts.layout import RunDir
 from qlora_train.data.account import Account, account_for, build_loader, steps_notice, write_account
@@ -187,7 +188,8 @@ def data(recipe: Path, overrides: Sequence[str] = ()) -> DataResult:
     """
     settings = load_recipe(recipe, overrides).recipe
     run_dir = RunDir(settings.run.dir)
-    refuse_used(run_dir)
+    with explained(run_dir.root):
+        refuse_used(run_dir)
     source = resolve_source(settings.model, weights=False)
     check_length(load_config(source), settings.data.seq_len)
     tokenizer = load_tokenizer(source, settings.model.chat_template)

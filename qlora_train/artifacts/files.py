@@ -169,7 +169,8 @@ def _circumstances(path: Path, number: int | None, num_bytes: int | None) -> str
 
     Room on the disk says nothing of a quota.
     """
-    folder = next((p for p in [path, *path.absolute().parents] if p.exists()), Path("/"))
+    # Not Path.exists, which raises where a folder may not be entered or a name is too long.
+    folder = next((p for p in [path, *path.absolute().parents] if os.access(p, os.F_OK)), Path("/"))
     if number in (errno.EACCES, errno.EPERM):
         found = folder.stat()
         return f" ({folder} is {stat.filemode(found.st_mode)} of {_user(found.st_uid)}; this process runs as {_user()})"

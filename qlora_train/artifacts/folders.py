@@ -154,14 +154,24 @@ def _take_name(temporary: Path, target: Path, *, replace: bool) -> None:
         shutil.rmtree(former, ignore_errors=True)
 
 
+class OtherSchema(ValueError):
+    """A manifest as another version of qlora-train wrote it: not known here, and nothing is wrong with it."""
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a published folder; ValueError when it is not as it was written, OSError when it is not there."""
+    """The manifest of a published folder; ValueError when it is not as it was written, OSError when it is not there.
+
+    OtherSchema, which is a ValueError, when it is as another version of qlora-train wrote it.
+    """
     content = (folder / MANIFEST).read_bytes()
     manifest = json.loads(content)
     if not isinstance(manifest, dict) or "schema" not in manifest:
         raise ValueError("not a manifest")
     if manifest["schema"] != SCHEMA_VERSION:
-        raise ValueError(f"schema {manifest['schema']}, this build knows {SCHEMA_VERSION}")
+        is_whole = content == json_bytes(_sealed(manifest))
+        raise (OtherSchema if is_whole else ValueError)(
+            f"schema {manifest['schema']}, this build knows {SCHEMA_VERSION}"
+        )
     if content != json_bytes(_sealed(manifest)):
         raise ValueError("changed since it was written: its own SHA-256 does not match")
     return manifest

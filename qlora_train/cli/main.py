@@ -103,7 +103,8 @@ def train(
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint that verifies.")] = False,
     from_step: Annotated[
-        int | None, typer.Option("--from", metavar="STEP", help="With --resume: from this step.")
+        int | None,
+        typer.Option("--from", metavar="STEP", help="With --resume: from this step; later ones go."),
     ] = None,
     allow_change: Annotated[
         list[str] | None,

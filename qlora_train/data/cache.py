@@ -70,9 +70,9 @@ def cached(source: Source, reading: Reading, encoder: Encoder) -> CachedSource:
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
     folder = cache_dir() / "data" / key
     lock = _open_lock(folder, "lock")
-    fcntl.flock(lock, fcntl.LOCK_SH)  # held while the table is in use: nobody removes the folder
+    _take(lock, fcntl.LOCK_SH)  # held while the table is in use: nobody removes the folder
     with _open_lock(folder, "build") as building:
-        fcntl.flock(building, fcntl.LOCK_EX)  # another process that makes the same table is waited for
+        _take(building, fcntl.LOCK_EX)  # another process that makes the same table is waited for
         if folder.is_dir() and manifest_faults(folder):
             retire(folder)  # a disk fault, or a hand in the cache: make it again
         if not folder.is_dir():
@@ -81,7 +81,8 @@ def cached(source: Source, reading: Reading, encoder: Encoder) -> CachedSource:
     with contextlib.suppress(OSError):  # a cache that others own too
         os.utime(folder)
     facts = Facts(**json.loads((folder / FACTS).read_text(encoding="utf-8")))
-    _shrink(folder.parent, limit_gib * 2**30)
+    with contextlib.suppress(MachineError, OSError):  # of others, or removed by another process: no reason to stop
+        _shrink(folder.parent, limit_gib * 2**30)
     opened = CachedSource(source, reading, folder, facts, digest, lock)
     weakref.finalize(opened, lock.close)
     return opened
@@ -93,6 +94,16 @@ def _open_lock(folder: Path, name: str) -> TextIO:
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         return path.open("a")
+
+
+def _take(lock: TextIO, how: int) -> None:
+    try:
+        fcntl.flock(lock, how)
+    except OSError as error:
+        raise MachineError(
+            f"cannot lock {lock.name}: {error.strerror}",
+            fix="set QLORA_TRAIN_CACHE to a folder on a file system with locks",
+        ) from error
 
 
 def _limit_gib() -> float:

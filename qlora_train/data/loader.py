@@ -141,9 +141,10 @@ class Loader:
             lines = plan.longest_lines(self._table.lengths, count)
             most = plan.largest_sum(supervised)
         else:
-            longest = np.argsort(-self._table.lengths, kind="stable")[:count]
-            lines = [[row] for row in longest.tolist()]
-            most = int(np.sort(supervised)[-count:].sum())
+            rows = self._planner.most_occurrences()
+            longest = np.argsort(-self._table.lengths[rows], kind="stable")[:count]
+            lines = [[row] for row in rows[longest].tolist()]
+            most = int(np.sort(supervised[rows])[-count:].sum())
         return _with_supervised(self._collate(lines), most)
 
     def num_lines(self, epoch: int) -> int:

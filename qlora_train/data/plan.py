@@ -118,6 +118,10 @@ class Planner:
             )
         self._plans: dict[int, Plan] = {}
 
+    def most_occurrences(self) -> Ints:
+        """Every row as often as it can come in one epoch."""
+        return np.repeat(np.arange(len(self._lengths)), np.ceil(self._passes).astype(np.int64))
+
     def plan(self, epoch: int) -> Plan:
         """The plan of an epoch."""
         if epoch not in self._plans:

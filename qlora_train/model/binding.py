@@ -14,6 +14,7 @@ from qlora_train.artifacts.layout import RunDir
 from qlora_train.errors import ModelError
 from qlora_train.quant.fingerprint import BasePrint
 from qlora_train.recipe.schema import Recipe
+from qlora_train.recipe.split import split_as_stored
 from qlora_train.untrusted import read_json_object, refuse_links_out, refuse_pickles
 
 MAX_BASE_BYTES = 256 * 2**20  # a line of 200 bytes for each tensor
@@ -40,9 +41,11 @@ def read_binding(folder: Path) -> dict[str, Any]:
 def refuse_changed_recipe(run_dir: RunDir, recipe: Recipe, binding: dict[str, Any]) -> None:
     """What the adapter was trained with is in its manifest too; the file beside it must not tell another story."""
     bound = binding.get("recipe")
-    sections = recipe.model_dump(mode="json")
+    if not isinstance(bound, dict):
+        return
+    sections = split_as_stored(recipe, bound).model_dump(mode="json")
     differing = []
-    for dotted, then in bound.items() if isinstance(bound, dict) else ():
+    for dotted, then in bound.items():
         section, _, key = dotted.partition(".")
         if key in sections.get(section, ()) and sections[section][key] != then:
             differing.append(f"{dotted} is {sections[section][key]}, and was {then} in training")

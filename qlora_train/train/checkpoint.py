@@ -18,7 +18,7 @@ from torch import Tensor
 from qlora_train.adapters.hooks import NO_HOOKS, MethodHooks, Value
 from qlora_train.adapters.state import restore_adapter, save_adapter
 from qlora_train.artifacts.files import is_full
-from qlora_train.artifacts.folders import MANIFEST, manifest_faults, publishing, read_manifest, retire
+from qlora_train.artifacts.folders import MANIFEST, OtherSchema, manifest_faults, publishing, read_manifest, retire
 from qlora_train.artifacts.layout import RunDir
 from qlora_train.errors import MachineError, ResumeError
 from qlora_train.train.fork import binding_changes, refuse_changes
@@ -151,8 +151,21 @@ def find_checkpoint(run_dir: RunDir, step: int | None = None) -> tuple[Checkpoin
 
 
 def _faults(step: int, folder: Path) -> list[str]:
-    """Why a folder is not the checkpoint of this step. SecurityError where a pickle was put into it."""
+    """Why a folder is not the checkpoint of this step.
+
+    SecurityError where a pickle was put into it, ResumeError where another version wrote it: it is not damaged, and
+    must neither be passed over nor make way.
+    """
     refuse_pickles(sorted(folder.iterdir()), str(folder))
+    try:
+        read_manifest(folder)
+    except OtherSchema as error:
+        raise ResumeError(
+            f"{folder}: another version of qlora-train wrote it ({error})",
+            fix="go on with that version: it is in environment.json of the run folder",
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass  # a fault, and told below
     if faults := manifest_faults(folder):
         return faults
     written = read_manifest(folder).get("step")
@@ -190,11 +203,15 @@ def _method_state(folder: Path) -> dict[str, Value]:
     return plain | load_file(folder / _METHOD_TENSORS)
 
 
-def retire_newer(run_dir: RunDir, step: int) -> None:
-    """Delete checkpoints past `step`: a run that goes on from there takes another course, or they do not verify."""
-    for other, folder in run_dir.checkpoint_steps().items():
-        if other > step:
-            retire(folder)
+def retire_newer(run_dir: RunDir, step: int) -> list[int]:
+    """Delete checkpoints past `step`: a run that goes on from there takes another course, or they do not verify.
+
+    Returns their steps.
+    """
+    newer = {other: folder for other, folder in run_dir.checkpoint_steps().items() if other > step}
+    for folder in newer.values():
+        retire(folder)
+    return list(newer)
 
 
 def retire_old(run_dir: RunDir, keep: int, best_step: int | None) -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qlora_train.adapters.state import WEIGHTS, adapter_tensors
-from qlora_train.artifacts.files import append_json_line, read_json
+from qlora_train.artifacts.files import append_json_line, explained, read_json
 from qlora_train.artifacts.folders import MANIFEST, locked
 from qlora_train.artifacts.layout import RunDir
 from qlora_train.errors import MachineError, ResumeError
@@ -125,7 +125,9 @@ def run_replay(loaded: LoadedRecipe, *, from_step: int | None, reporter: Reporte
     A line of `replays.jsonl` is all that is written.
     """
     run_dir = RunDir(loaded.recipe.run.dir)
-    if not run_dir.root.is_dir():
+    with explained(run_dir.root):
+        is_there = run_dir.root.is_dir()
+    if not is_there:
         raise ResumeError(f"{run_dir.root} does not exist: there is nothing to replay", fix="name the run's own recipe")
     if loaded.recipe.run.threads is not None:
         torch.set_num_threads(loaded.recipe.run.threads)

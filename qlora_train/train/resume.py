@@ -12,6 +12,7 @@ from qlora_train.data.account import build_loader
 from qlora_train.errors import RecipeError
 from qlora_train.model.load import resolve_device
 from qlora_train.recipe.load import LoadedRecipe
+from qlora_train.recipe.split import split_as_stored, with_split
 from qlora_train.train.checkpoint import (
     Checkpoint,
     find_checkpoint,
@@ -41,7 +42,6 @@ from qlora_train.train.loop import check_position
 from qlora_train.train.metrics import Reporter
 from qlora_train.train.scores import Scorer, forget_lost_best
 from qlora_train.train.setup import Prepared
-from qlora_train.train.speed import split_as_stored, with_split
 from qlora_train.train.state import TrainState
 
 
@@ -102,6 +102,7 @@ def restore(resume: Resume, prepared: Prepared, loaded: LoadedRecipe) -> tuple[T
     state = restore_checkpoint(
         resume.checkpoint, job.model, job.optimizer, job.binding, job.hooks, allowed=resume.accepted
     )
+    state.evaluation_due = state.evaluation_due and job.eval_table is not None
     job.last_steps.restore(stored_last_steps(resume.checkpoint))
     if resume.is_another_split:
         _check_other_split(prepared, state, resume.binding["recipe"])
@@ -151,7 +152,8 @@ def go_on(resume: Resume, prepared: Prepared, state: TrainState, changes: Sequen
     record_resume(run_dir, name, state.step, level, forked, rounding)
     with explained(run_dir.summary):
         run_dir.summary.unlink(missing_ok=True)
-    retire_newer(run_dir, state.step)
+    if gone := retire_newer(run_dir, state.step):
+        job.reporter.message(f"removed the checkpoints past step {state.step}: {', '.join(map(str, gone))}")
     forget_lost_best(run_dir, state, job.reporter)
     scorer.forget_other_best(state)
     if forked and state.best_step is not None:
@@ -161,9 +163,11 @@ def go_on(resume: Resume, prepared: Prepared, state: TrainState, changes: Sequen
     if forked:
         job.reporter.warning(f"a fork, recorded in {run_dir.resumes.name}: {describe_changes(forked)}")
     if rounding:
+        # The mask is a function of step and micro-step.
+        draws = " and other dropout masks" if resume.is_another_split and job.recipe.adapter.dropout else ""
         job.reporter.warning(
-            "not bit for bit the undisturbed run from here on, the same rows in the same order with other rounding: "
-            f"{describe_changes(rounding)}"
+            "not bit for bit the undisturbed run from here on, the same rows in the same order with other rounding"
+            f"{draws}: {describe_changes(rounding)}"
         )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from qlora_train.adapters.state import save_adapter
-from qlora_train.artifacts.files import read_json, write_json
+from qlora_train.artifacts.files import explained, read_json, write_json
 from qlora_train.artifacts.folders import MANIFEST, is_leftover, locked, manifest_faults, publishing, sweep
 from qlora_train.artifacts.layout import RunDir
 from qlora_train.errors import RecipeError, ResumeError
@@ -22,6 +22,7 @@ from qlora_train.evaluate.validation import Validation
 from qlora_train.quant.fingerprint import print_base
 from qlora_train.recipe.load import COMMAND_LINE, LoadedRecipe, recipe_as_dict
 from qlora_train.recipe.schema import Recipe
+from qlora_train.recipe.split import split_as_stored
 from qlora_train.train.facts import describe, errors_recorded, write_facts
 from qlora_train.train.fork import check_allowed, recipe_changes, refuse_changes
 from qlora_train.train.keys import trajectory_keys
@@ -34,7 +35,6 @@ from qlora_train.train.scores import Scorer
 from qlora_train.train.selfcheck import SelfCheck, selfcheck
 from qlora_train.train.setup import Prepared, prepare
 from qlora_train.train.signals import StopRequest, stop_requests
-from qlora_train.train.speed import split_as_stored
 from qlora_train.train.state import TrainState
 from qlora_train.train.trackers import tracking
 
@@ -82,11 +82,12 @@ def run_training(
     allowed = check_allowed(allow_change, recipe)
     if recipe.run.threads is not None:
         torch.set_num_threads(recipe.run.threads)
-    if not resume:
-        refuse_used(run_dir)
-    elif (done := _already_complete(run_dir, loaded, from_step, allowed)) is not None:
-        reporter.message(f"{run_dir.root} is already complete; nothing was done")
-        return done
+    with explained(run_dir.root):  # which may lie where nobody may look
+        if not resume:
+            refuse_used(run_dir)
+        elif (done := _already_complete(run_dir, loaded, from_step, allowed)) is not None:
+            reporter.message(f"{run_dir.root} is already complete; nothing was done")
+            return done
     memory = MemoryLog(recipe, run_dir, reporter)
     with locked(run_dir), stop_requests() as stop, errors_recorded(run_dir):
         if not resume:

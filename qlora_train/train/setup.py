@@ -56,13 +56,14 @@ from qlora_train.model.start import (
 from qlora_train.model.tokens import LOOKED_AT, add_new_tokens, unused_tokens
 from qlora_train.model.tokens import describe as describe_tokens
 from qlora_train.recipe.schema import Recipe
+from qlora_train.recipe.split import with_split
 from qlora_train.train.disk import refuse_full_disk
 from qlora_train.train.job import Job
 from qlora_train.train.keys import trajectory_keys
 from qlora_train.train.last_steps import LastSteps
 from qlora_train.train.metrics import Reporter
 from qlora_train.train.optim import build_optimizer, check_optimizer
-from qlora_train.train.speed import Speed, check_machine, settle_compiling, settle_memory, settle_speed, with_split
+from qlora_train.train.speed import Speed, check_machine, settle_compiling, settle_memory, settle_speed
 from qlora_train.train.state import Binding
 
 Check = Callable[[], None]  # raises a UserError

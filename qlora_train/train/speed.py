@@ -23,12 +23,13 @@ from qlora_train.model.causal import CausalModel
 from qlora_train.model.checkpointing import apply_checkpointing, decoder_layers
 from qlora_train.model.compiling import compile_layers, compiler_fault
 from qlora_train.recipe.schema import Recipe, TrainSection
+from qlora_train.recipe.split import split_as_stored, with_split
 
 # Floating-point operations of a run (6 per weight and token) from which compiling pays back. On a CPU, compiling takes
 # most of a minute and saves some 10 % of a step at 0.3 to 0.6 Tflop/s (README.md, "Speed"): ten minutes of work. For
 # CUDA it is the same ten minutes at a twentieth of an A100's rate, not measured.
 LEAST_WORK = {"cpu": 3e14, "cuda": 1e16}
-_COMPILER = {"cpu": "install a C++ compiler", "cuda": "install triton as requirements.lock has it"}
+_COMPILER = {"cpu": "install a C++ compiler", "cuda": "install triton as requirements.lock has it, and a C compiler"}
 
 
 @dataclass(frozen=True)
@@ -137,21 +138,6 @@ def settle_memory(
             break
         settled.append(MemoryUse(choice, size, count, limit_bytes, costs.num_layers))
     return settled[-1]
-
-
-def with_split(recipe: Recipe, micro_batch_size: int, grad_accum_steps: int) -> Recipe:
-    """The recipe with each step split so."""
-    split = {"micro_batch_size": micro_batch_size, "grad_accum_steps": grad_accum_steps}
-    return recipe.model_copy(update={"train": recipe.train.model_copy(update=split)})
-
-
-def split_as_stored(recipe: Recipe, stored: Mapping[str, Any]) -> Recipe:
-    """A recipe that leaves the split of a step open, with the one of a checkpoint's keys where it is as many packs."""
-    size, count = stored.get("train.micro_batch_size"), stored.get("train.grad_accum_steps")
-    if recipe.train.memory == "fixed" or not isinstance(size, int) or not isinstance(count, int):
-        return recipe
-    same = size * count == recipe.train.micro_batch_size * recipe.train.grad_accum_steps
-    return with_split(recipe, size, count) if same else recipe
 
 
 def _splits(recipe: Recipe, bound: Mapping[str, Any] | None) -> list[tuple[int, int]]:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from qlora_train.artifacts.folders import MANIFEST
 from qlora_train.quant.fingerprint import hash_tensors
 from tests.commandline import Outcome, run_cli, write_recipe, write_rows
 from tests.tiny import build_tiny_neox, build_tiny_phi3
@@ -324,3 +325,17 @@ def test_methods_and_schedules_change_the_adapter(tmp_path: Path, tiny_llama_dir
         digest = hash_tensors(*(tensors[name] for name in sorted(tensors)))
         assert digest not in seen, f"{change} trains what {seen[digest]} trains"
         seen[digest] = change
+
+
+def test_a_step_that_the_run_split_itself_is_no_other_recipe(tmp_path: Path, tiny_llama_dir: Path) -> None:
+    """`train.memory: auto` trains with another split than the recipe says, and everything after it knows."""
+    recipe = write_recipe(
+        tmp_path, tiny_llama_dir, train__memory="auto", train__micro_batch_size=1, train__grad_accum_steps=4
+    )
+    assert run_cli("train", recipe).code == 0
+    run = tmp_path / "run"
+    bound = json.loads((run / "adapter" / MANIFEST).read_text())["recipe"]
+    assert (bound["train.micro_batch_size"], bound["train.grad_accum_steps"]) == (4, 1)
+    for arguments in (("eval", run), ("analyze", run), ("export", run, tmp_path / "merged")):
+        outcome = run_cli(*arguments)
+        assert outcome.code == 0, outcome.err

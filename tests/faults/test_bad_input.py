@@ -210,3 +210,10 @@ def test_several_processes_are_refused(tmp_path: Path, tiny_llama_dir: Path, mon
 
 def test_resume_of_nothing(tmp_path: Path, tiny_llama_dir: Path) -> None:
     refused(run_cli("train", write_recipe(tmp_path, tiny_llama_dir), "--resume"), 5, "nothing to resume")
+
+
+def test_a_run_folder_with_a_name_too_long_to_look_for(tmp_path: Path, tiny_llama_dir: Path) -> None:
+    recipe = write_recipe(tmp_path, tiny_llama_dir, run__dir="x" * 300)
+    for arguments in (("train", recipe), ("train", recipe, "--resume"), ("data", recipe)):
+        outcome = run_cli(*arguments)
+        assert outcome.code in (2, 6) and "name too long" in outcome.err and "Traceback" not in outcome.err, outcome.err

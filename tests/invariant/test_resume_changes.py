@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from qlora_train.artifacts.files import json_bytes, write_json
+from qlora_train.artifacts.folders import MANIFEST, _sealed
 from qlora_train.errors import OutOfMemory
 from qlora_train.recipe.methods import METHODS
 from qlora_train.recipe.schema import Recipe
@@ -255,3 +258,18 @@ def test_another_machine_is_said_and_recorded(straight: Path, tmp_path: Path, mo
     assert features and changed["cpu_features.amx_bf16"] == (features.get("amx_bf16"), "of another kind")
     assert {f"cpu_features.{name}" for name in features} <= set(changed), "instructions that this machine lacks"
     assert state_digest(folder / "run") == state_digest(straight / "run"), "in truth it was the same machine"
+
+
+def test_an_evaluation_that_is_due_is_not_made_without_rows(straight: Path, tmp_path: Path) -> None:
+    """The run was stopped in an evaluation, and goes on without held-out rows."""
+    folder = copy_until(straight, tmp_path / "run", 2)
+    checkpoint = folder / "run" / "ckpt" / "step-000002"
+    state = json.loads((checkpoint / "state.json").read_text())
+    (checkpoint / "state.json").write_bytes(json_bytes({**state, "evaluation_due": True}))
+    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    content = (checkpoint / "state.json").read_bytes()
+    manifest["files"]["state.json"] = {"bytes": len(content), "sha256": sha256(content).hexdigest()}
+    write_json(checkpoint / MANIFEST, _sealed(manifest))
+    outcome = resume(folder, "data.eval=[]", "eval.every=0", "eval.generate_rows=0")
+    assert outcome.code == 0, outcome.err
+    assert state_digest(folder / "run") == state_digest(straight / "run")

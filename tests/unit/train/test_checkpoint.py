@@ -18,8 +18,8 @@ from peft import PeftModel
 
 from qlora_train.adapters.hooks import MethodHooks
 from qlora_train.adapters.state import adapter_tensors
-from qlora_train.artifacts.files import explained
-from qlora_train.artifacts.folders import MANIFEST, manifest_faults
+from qlora_train.artifacts.files import explained, read_json, write_json
+from qlora_train.artifacts.folders import MANIFEST, _sealed, manifest_faults
 from qlora_train.artifacts.layout import RunDir
 from qlora_train.errors import MachineError, ResumeError
 from qlora_train.recipe.schema import TrainSection
@@ -277,3 +277,17 @@ def test_a_method_and_a_checkpoint_that_do_not_fit_are_refused(
     kept = save_checkpoint(run_dir, TrainState(step=3), model, optimizer, BINDING, Method({"ranks": 1}))
     with pytest.raises(ResumeError, match="step-000003: this method keeps no state, and there is one: ranks"):
         restore_checkpoint(kept, model, optimizer, BINDING)
+
+
+def test_a_checkpoint_of_another_version_is_neither_passed_over_nor_called_damaged(
+    run_dir: RunDir, model: PeftModel, optimizer: torch.optim.AdamW
+) -> None:
+    older, newer = (save(run_dir, step, model, optimizer) for step in (1, 2))
+    manifest = read_json(newer / MANIFEST)
+    write_json(newer / MANIFEST, _sealed({**manifest, "schema": manifest["schema"] + 1}))
+    with pytest.raises(ResumeError, match=r"another version of qlora-train wrote it .*go on with that version"):
+        find_checkpoint(run_dir)
+    assert older.is_dir() and newer.is_dir()
+    write_json(newer / MANIFEST, {**manifest, "schema": manifest["schema"] + 1})  # what it says is not sealed
+    found, warnings = find_checkpoint(run_dir)
+    assert found.step == 1 and "step-000002 is damaged" in warnings[0]
