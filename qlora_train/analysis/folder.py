@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from qlora_train.adapters.config import AdapterConfig
 from qlora_train.adapters.fold import Delta, Update, read_deltas, read_updates
+from qlora_train.adapters.forms.offset import ResidualForm
 from qlora_train.adapters.state import CONFIG, MAX_RANK, WEIGHTS, load_adapter_config
 from qlora_train.artifacts.files import write_file
 from qlora_train.artifacts.folders import MANIFEST, appearing, publishing, read_manifest
@@ -148,7 +149,7 @@ def publish_adapter(
     """
     refuse_existing(target)
     for source in sources:
-        if source.method.base == "residual":
+        if isinstance(source.config.form, ResidualForm):
             raise ModelError(
                 f"{source.path}: {source.method.title} took a part of the base into its start, and only its own "
                 "recipe rebuilds that base",

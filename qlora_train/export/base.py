@@ -43,6 +43,10 @@ class BaseReader:
         """What the run says of a tensor."""
         return self.print.tensors[name]
 
+    def taken(self, name: str) -> Taken | None:
+        """What the adapter's start took out of a tensor; None where it is whole."""
+        return self._taken.get(name)
+
     def original(self, name: str) -> Tensor:
         """A tensor as the base's files hold it, on the run's device."""
         with self.clock.of("read"):

@@ -82,7 +82,7 @@ class CandidateWeights:
 
     def value(self, name: str) -> Tensor:
         """Merged anew each time."""
-        exact = self.tensors.exact(self.tensors.base.stored[name].name, self.export_dtype)
+        exact = self.tensors.exact(self.tensors.stored_names[name], self.export_dtype)
         return exact.to(self.export_dtype).float()
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:

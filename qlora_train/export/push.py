@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, get_token
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.utils._validators import validate_repo_id
 
 from qlora_train.errors import MachineError, RecipeError, first_line
 
@@ -17,6 +19,12 @@ def check_push(repository: str) -> None:
     """RecipeError for what is no name, MachineError where the hub is out of reach or the token may not write there."""
     if not _REPOSITORY.fullmatch(repository):
         raise RecipeError(f"--push {repository}: this is no name on the hub", fix="write ORG/NAME")
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise RecipeError(
+            f"--push {repository}: this is no name on the hub: {first_line(error)}", fix="choose another"
+        ) from error
     if constants.HF_HUB_OFFLINE:
         raise MachineError("--push needs the hub, and HF_HUB_OFFLINE is set", fix="unset it, or leave --push away")
     if get_token() is None:
@@ -56,6 +64,8 @@ def push(folder: Path, repository: str, what: str = "the merged model") -> str:
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
         raise MachineError(
             f"the upload to {repository} failed: {first_line(error)}",
-            fix=f"the export is whole in {folder}; try again with: hf upload {repository} {folder}",
+            # --private: where there is no repository yet, the command would make a public one.
+            fix=f"the export is whole in {folder}; try again with: "
+            f"hf upload {repository} {shlex.quote(str(folder))} --private",
         ) from error
     return str(done.commit_url)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -75,6 +76,11 @@ class MergedTensors:
     def names(self) -> tuple[str, ...]:
         """Every tensor of the merged model, sorted; tied weights once."""
         return tuple(sorted(self._parameter))
+
+    @cached_property
+    def stored_names(self) -> dict[str, str]:
+        """The names in the files, by parameter."""
+        return {parameter: stored for stored, parameter in self._parameter.items()}
 
     def parameter(self, stored: str) -> str:
         """transformers' own name of a tensor."""
@@ -151,9 +157,12 @@ class MergedTensors:
             start = before.float() if self.onto == "original" else trained
             merged = start if update is None else update.applied(start)
             if update is not None:
+                # What a start took out of the base lies in A and B from the beginning: no training put it there.
+                taken = self.base.taken(name)
+                untrained = start if taken is None else start + taken.delta().to(start.device)
                 self.changes[name] = Change(
-                    weight_norm=_norm(start),
-                    delta_norm=_norm(merged[: len(start)], start),
+                    weight_norm=_norm(untrained),
+                    delta_norm=_norm(merged[: len(untrained)], untrained),
                     quant_error_norm=_norm(before, trained) if quantised else 0.0,
                 )
         if self.onto == "requantized" and quantised:

@@ -11,10 +11,13 @@ _SHARDED = frozenset({SAFETENSORS, "nf4", "nf4-lora", "w4a16"})
 _ANSWERS = ("eval.generate_rows", "eval.max_new_tokens")
 
 
-def refuse_unread(overrides: Sequence[str], formats: Collection[str], base: str) -> None:
+def refuse_unread(
+    overrides: Sequence[str], formats: Collection[str], base: str, *, lossy: Collection[str] = ()
+) -> None:
     """RecipeError for overrides (`section.key=value`) without an effect on these formats, merged onto `base`.
 
-    What stands in the recipe serves all exports of a run, and may be meant for another.
+    `lossy`: the formats of 8 bits or fewer. What stands in the recipe serves all exports of a run, and may be meant for
+    another.
 
     >>> refuse_unread(["export.max_kl=0.1"], ["safetensors"], "dequantized")
     Traceback (most recent call last):
@@ -22,11 +25,11 @@ def refuse_unread(overrides: Sequence[str], formats: Collection[str], base: str)
 fewer. Fix: leave it out, or name one, as --format gguf-q8_0
     """
     given = {override.partition("=")[0].strip() for override in overrides}
-    if problems := [problem for key, problem in _unread(frozenset(formats), base) if key in given]:
+    if problems := [problem for key, problem in _unread(frozenset(formats), base, lossy) if key in given]:
         raise RecipeError(problems)
 
 
-def _unread(formats: frozenset[str], base: str) -> Iterator[tuple[str, Problem]]:
+def _unread(formats: frozenset[str], base: str, lossy: Collection[str]) -> Iterator[tuple[str, Problem]]:
     def problem(key: str, why: str, fix: str) -> tuple[str, Problem]:
         return key, Problem(f"{key} has no effect here: {why}", f"leave it out, or {fix}")
 
@@ -37,7 +40,7 @@ def _unread(formats: frozenset[str], base: str) -> Iterator[tuple[str, Problem]]
         )
     if not formats & _SHARDED:
         yield problem("export.shard_gib", f"{named} is one file", "name a format in safetensors")
-    if formats == {SAFETENSORS}:
+    if formats.isdisjoint(lossy):
         yield problem("export.max_kl", "it is for formats of 8 bits or fewer", "name one, as --format gguf-q8_0")
     if base == "dequantized":
         yield problem(

@@ -234,7 +234,7 @@ def worst_layer(
     if not found or found[0].ratio <= MAX_DEVIATION:
         return max([*found[:1], *tables], key=lambda deviation: deviation.ratio, default=None)
     tensors = MergedTensors(run, run.source(), onto)
-    stored = {tensors.parameter(name): name for name in tensors.names}
+    stored = tensors.stored_names
     certain = []
     for each in found:
         if each.ratio > MAX_DEVIATION and each.name in stored:

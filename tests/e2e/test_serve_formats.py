@@ -255,8 +255,10 @@ def test_a_format_that_is_too_far_off_is_refused_with_its_price(run: Path, tmp_p
     assert taken.code == 0, taken.err
     assert "accepted by export.max_kl=1" in taken.out and "not quite the model" in taken.out
     assert "not quite the model that was trained" in (tmp_path / "q" / "README.md").read_text()
-    exact = run_cli("export", run, tmp_path / "f", strict, "export.max_kl=1", "--format", "gguf-bf16")
+    exact = run_cli("export", run, tmp_path / "f", strict, "--format", "gguf-bf16")
     assert exact.code == 4 and "max_kl=" not in exact.err, "16 bit have to be the model that was trained"
+    unread = run_cli("export", run, tmp_path / "f", "export.max_kl=1", "--format", "gguf-bf16")
+    assert unread.code == 2 and "it is for formats of 8 bits or fewer" in unread.err, unread.err
 
 
 @pytest.mark.parametrize(

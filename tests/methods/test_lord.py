@@ -178,6 +178,8 @@ def test_exports_the_ordinary_architecture(run: Path, tiny_llama_dir: Path, tmp_
     weight = MergedTensors(finished, finished.source()).exact("model.layers.1.mlp.up_proj.weight")
     torch.testing.assert_close(x @ weight.T, layer(x), rtol=1e-3, atol=1e-4)
     assert run_export(finished, tmp_path / "layers").verdict.kl_frac < 1e-3
+    served = run_cli("export", run / "run", tmp_path / "served", "--format", "w4a16", "export.max_kl=100")
+    assert served.code == 0, served.err
     for name in ("lora", "nf4-lora", "gguf-lora"):
         refused = run_cli("export", run / "run", tmp_path / name, "--format", name)
         assert refused.code != 0 and "layers are in two factors" in refused.err and not (tmp_path / name).exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from qlora_train.model.start import Weights, parameter_of, rebuild, start_from_w
 from qlora_train.quant.bnb import dequantize
 from qlora_train.quant.fingerprint import print_base
 from qlora_train.recipe.schema import AdapterSection
+from tests.commandline import run_cli, write_recipe
 from tests.loading import CPU, tiny_base
 from tests.tiny import build_tiny_llama
 
@@ -210,3 +212,15 @@ def test_other_methods_start_as_peft_does(folder: Path) -> None:
     base, model = started(folder, "lora")
     assert base.print == tiny_base(folder).print
     assert all(not layer.lora_B["default"].weight.any() for layer in lora_layers(model).values())
+
+
+def test_what_a_start_took_from_the_base_is_no_change_of_training(tmp_path: Path, tiny_llama_dir: Path) -> None:
+    """PiSSA's A and B hold the principal part of each weight before the first step."""
+    recipe = write_recipe(
+        tmp_path, tiny_llama_dir, adapter__method="pissa", adapter__dropout=0.0, train__learning_rate=1e-4
+    )
+    assert run_cli("train", recipe).code == 0
+    outcome = run_cli("export", tmp_path / "run", tmp_path / "merged", "export.export_dtype=float32")
+    assert outcome.code == 0, outcome.err
+    noise = json.loads((tmp_path / "merged" / "export.json").read_text())["noise"]
+    assert 0 < noise["over_weight"]["most"] < 0.02, noise

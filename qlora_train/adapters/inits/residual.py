@@ -27,9 +27,13 @@ class Taken:
     factors: Factors
     scaling: float
 
+    def delta(self) -> Tensor:
+        """`scaling * B0 A0` in float32. Repeatable to the bit: see `Factors.delta`."""
+        return self.factors.delta(self.scaling)
+
     def rest_of(self, weight_OI: Tensor) -> Tensor:
-        """The residual W - scaling * B0 A0 in float32, to be quantised. Repeatable to the bit: see `Factors.delta`."""
-        return weight_OI.float() - self.factors.delta(self.scaling).to(weight_OI.device)
+        """The residual W - scaling * B0 A0 in float32, to be quantised."""
+        return weight_OI.float() - self.delta().to(weight_OI.device)
 
 
 def taken_by(layer: Any) -> Taken | None:

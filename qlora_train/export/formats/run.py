@@ -109,15 +109,21 @@ def export_formats(
     job = replace(job, onto=onto_of(run, measured.choice))
     merged: ExportResult | None = None
     results: list[FormatResult] = []
-    for name in names:
-        if name == SAFETENSORS:
-            merged = run_export(run, folders[name], say=heard.stage, measured=measured)
-            continue
-        heard.stage(f"writing {name}")
-        with memory_advice(run, f"while {name} was written and measured", saved=f"nothing of {name} was published"):
-            results.append(_publish(job, measured, name, folders[name], heard.stage))
-        heard.published(results[-1])
-    addresses = _push_all(folders, pushed, heard.stage)
+    addresses: dict[str, str] = {}
+    failed = Collected()
+    with failed:
+        for name in names:
+            if name == SAFETENSORS:
+                merged = run_export(run, folders[name], say=heard.stage, measured=measured)
+                continue
+            heard.stage(f"writing {name}")
+            with memory_advice(run, f"while {name} was written and measured", saved=f"nothing of {name} was published"):
+                results.append(_publish(job, measured, name, folders[name], heard.stage))
+            heard.published(results[-1])
+    with failed:  # also where a later format was refused: a folder that is there was published now
+        there = {name: repository for name, repository in pushed.items() if folders[name].is_dir()}
+        addresses = _push_all(folders, there, heard.stage)
+    failed.raise_if_any()
     return FormatsResult(
         tuple(replace(result, pushed_to=addresses.get(result.format)) for result in results),
         merged if merged is None else replace(merged, pushed_to=addresses.get(SAFETENSORS)),
@@ -143,6 +149,7 @@ def _push_all(folders: Mapping[str, Path], pushed: Mapping[str, str], say: Calla
         say(f"uploading {name} to {repository}")
         with failed:
             addresses[name] = push(folders[name], repository, what=name)
+            say(f"uploaded {name}: {addresses[name]}")
     failed.raise_if_any()
     return addresses
 

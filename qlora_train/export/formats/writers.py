@@ -249,7 +249,7 @@ def write_w4a16(job: Job, folder: Path) -> Written:
     model = build_hollow(job.config, tensors.base.device)
     layers = linear_layers(model)
     group_size = four_bit.group_size_for({layer.in_features for layer in layers.values()})
-    stored_names = {tensors.parameter(stored): stored for stored in tensors.names}
+    stored_names = dict(tensors.stored_names)
 
     def take(name: str, weight_OI: Tensor, gram_II: Tensor) -> None:
         writer.add(four_bit.packed_parts(stored_names.pop(f"{name}.weight"), *gptq(weight_OI, gram_II, group_size)))
@@ -281,8 +281,7 @@ def _finish_four_bit(
     job.tokenizer.save_pretrained(str(folder))
     write_golden(folder, job.golden)
     check_parity(folder, job.golden)
-    stored_names = {tensors.parameter(stored): stored for stored in tensors.names}
-    return Written(FourBitFolder(folder, stored_names), ("vllm serve THIS_FOLDER",))
+    return Written(FourBitFolder(folder, tensors.stored_names), ("vllm serve THIS_FOLDER",))
 
 
 def _refuse_unused(tensors: MergedTensors) -> None:

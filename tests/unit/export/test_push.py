@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 
-from qlora_train.errors import MachineError, RecipeError
+from qlora_train.errors import MachineError, ModelError, RecipeError
 from qlora_train.export import push as push_module
+from qlora_train.export.formats import run as formats_module
 from qlora_train.export.push import check_push, push
 from tests.commandline import run_cli
 
@@ -142,6 +143,24 @@ def test_several_formats_have_a_repository_each(hub: type[Hub], made: Path, tmp_
     assert str(made) not in card
 
 
+def test_what_was_published_is_uploaded_where_a_later_format_is_refused(
+    hub: type[Hub], made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish = formats_module._publish
+
+    def refuse_second(job: Any, measured: Any, name: str, *rest: Any) -> Any:
+        if name == "gguf-lora":
+            raise ModelError("too far from the trained model", fix="none")
+        return publish(job, measured, name, *rest)
+
+    monkeypatch.setattr(formats_module, "_publish", refuse_second)
+    run = Path(shutil.copytree(made / "run", tmp_path / "run"))
+    asked = ("--format", "lora", "--format", "gguf-lora", "--push", "me/m")
+    outcome = run_cli("export", run, tmp_path / "out", "export.verify_rows=2", *asked)
+    assert outcome.code == 4 and "too far" in outcome.err, outcome.err
+    assert hub.repositories.keys() == {"me/m-lora"} and "uploaded lora: " in outcome.out + outcome.err
+
+
 @pytest.mark.parametrize(("repository", "code"), [("model", 2), ("other/model", 6)])
 def test_what_stands_in_the_way_of_a_format_is_found_before_any_work(
     repository: str, code: int, hub: type[Hub], made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -157,11 +176,11 @@ def test_a_hub_that_refuses_leaves_the_folder_and_says_how_to_go_on(hub: type[Hu
     hub.refuses = ""
     with pytest.raises(MachineError, match="the upload to me/model failed") as caught:
         push(tmp_path, "me/model")
-    assert f"hf upload me/model {tmp_path}" in str(caught.value)
+    assert f"hf upload me/model {tmp_path} --private" in str(caught.value), "else the hub makes a public one"
     assert (tmp_path / "config.json").exists()
 
 
-@pytest.mark.parametrize("name", ["model", "me/", "/model", "a/b/c", "me/mo del", "../x"])
+@pytest.mark.parametrize("name", ["model", "me/", "/model", "a/b/c", "me/mo del", "../x", "me/a--b", "me/m.git"])
 def test_what_is_no_name_is_refused(name: str) -> None:
     with pytest.raises(RecipeError, match="no name on the hub"):
         check_push(name)
