@@ -470,7 +470,7 @@ def _subject(run: Path, with_base: bool, notices: list[str]) -> Subject:
             start = start_of(finished, source)
         except UserError as error:
             notices.append(f"{run}: its base is not looked at: {error.problems[0].what}")
-    updates = opened.updates()
+    updates = opened.changes()
     if tables := [module for module, update in updates.items() if isinstance(update, VocabularyRows)]:
         notices.append(f"{run}: the rows of new tokens in {', '.join(tables)} are no low-rank update and are left out")
         updates = {module: update for module, update in updates.items() if module not in tables}
@@ -483,12 +483,13 @@ def _subject(run: Path, with_base: bool, notices: list[str]) -> Subject:
 
 
 def _read_weight(reader: BaseReader, module: str) -> tuple[Tensor, float | None]:
-    """The weight that a module computes with, in float32, and how far quantising took it from the base's own."""
+    """The weight before training, in float32, with what a start took out of it; how far quantising took it away."""
     name = f"{module}.weight"
     original = reader.original(name)
-    held = as_float32(reader.as_trained(name, original))
+    held, taken = as_float32(reader.as_trained(name, original)), reader.taken(name)
     is_quantised = reader.recorded(name).quantised
-    return held, float((reader.started(name, original).float() - held).norm()) if is_quantised else None
+    error = float((reader.started(name, original).float() - held).norm()) if is_quantised else None
+    return held if taken is None else held + taken.delta().to(held.device), error
 
 
 def env() -> dict[str, Any]:

@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 
 from qlora_train.adapters.config import AdapterConfig
 from qlora_train.adapters.fold import Delta, Update, read_deltas, read_updates
-from qlora_train.adapters.forms.offset import ResidualForm
+from qlora_train.adapters.forms.offset import START, OffsetForm, ResidualForm
+from qlora_train.adapters.inits.residual import Taken, read_taken
 from qlora_train.adapters.state import CONFIG, MAX_RANK, WEIGHTS, load_adapter_config
 from qlora_train.artifacts.files import write_file
 from qlora_train.artifacts.folders import MANIFEST, appearing, publishing, read_manifest
@@ -69,9 +70,22 @@ class OpenedAdapter:
         """Its updates by module. Holds all of its tensors."""
         return {name.removesuffix(".weight"): update for name, update in read_updates(self.folder).items()}
 
+    def changes(self) -> dict[str, Update]:
+        """What training changed, by module: its updates; of rank 2 r where A and B began as a part of the base."""
+        taken, updates = read_taken(self.folder), self.updates()
+        return {module: _trained_part(update, taken.get(f"{module}.weight")) for module, update in updates.items()}
+
     def deltas(self) -> dict[str, Delta]:
         """Its updates as factors, by module. ModelError for a method that has none."""
         return {name.removesuffix(".weight"): delta for name, delta in read_deltas(self.folder).items()}
+
+
+def _trained_part(update: Update, taken: Taken | None) -> Update:
+    if taken is None or not isinstance(update, Delta):
+        return update
+    start = dict(zip(START, (taken.factors.lora_A, taken.factors.lora_B), strict=True))
+    factors = OffsetForm().factors({"lora_A": update.lora_A, "lora_B": update.lora_B, **start})
+    return Delta(*factors, update.scaling)
 
 
 def open_adapter(path: Path) -> OpenedAdapter:

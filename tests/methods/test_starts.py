@@ -19,6 +19,7 @@ from qlora_train.adapters.inits.residual import read_taken, taken_by, untrained
 from qlora_train.adapters.layers import delta_weight, lora_layers
 from qlora_train.adapters.state import save_adapter
 from qlora_train.adapters.updates import Delta
+from qlora_train.analysis.folder import open_adapter
 from qlora_train.model.load import Base
 from qlora_train.model.start import Weights, parameter_of, rebuild, start_from_weights
 from qlora_train.quant.bnb import dequantize
@@ -222,5 +223,12 @@ def test_what_a_start_took_from_the_base_is_no_change_of_training(tmp_path: Path
     assert run_cli("train", recipe).code == 0
     outcome = run_cli("export", tmp_path / "run", tmp_path / "merged", "export.export_dtype=float32")
     assert outcome.code == 0, outcome.err
+    opened = open_adapter(tmp_path / "run")
+    changes, cpu = opened.changes(), torch.device("cpu")
+    for module, update in opened.updates().items():
+        trained = changes[module]
+        assert isinstance(update, Delta) and isinstance(trained, Delta)
+        assert 0 < trained.dense(cpu).norm() < 0.1 * update.dense(cpu).norm(), module
+    assert run_cli("analyze", tmp_path / "run").code == 0
     noise = json.loads((tmp_path / "merged" / "export.json").read_text())["noise"]
     assert 0 < noise["over_weight"]["most"] < 0.02, noise

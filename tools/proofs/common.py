@@ -113,7 +113,8 @@ def tests_pass(tests: Mapping[str, Sequence[str]]) -> list[Bar]:
     """Run the tests that hold what has no figure: files by what they are tests of."""
     bars = []
     for what, files in tests.items():
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
+        in_parallel = ("--numprocesses=logical", "--maxprocesses=4", "--dist=worksteal")  # as the Makefile does
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *in_parallel, *files]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         found = re.search(r"(\d+) passed", done.stdout)
         bars.append(Bar(f"tests of {what}: passed", int(found.group(1)) if found else 0, "tests", at_least=1))

@@ -49,6 +49,19 @@ def test_an_adapter_on_a_residual_base_makes_no_other(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(("rounds", "takes"), [(1, False), (2, True)])
+def test_loftq_takes_from_the_base_from_its_second_round_on(rounds: int, takes: bool, tmp_path: Path) -> None:
+    config = build_config(METHODS["loftq"], {"start_iters": rounds}, r=2, lora_alpha=2, target_modules=["q_proj"])
+    folder = peft_folder(tmp_path / "a")
+    source = OpenedAdapter(folder, folder, config, None, None, None)
+    if takes:
+        with pytest.raises(ModelError, match="took a part of the base into its start"):
+            publish_adapter(tmp_path / "out", [source], DELTAS, {})
+    else:
+        publish_adapter(tmp_path / "out", [source], DELTAS, {})
+    assert (tmp_path / "out").exists() is not takes
+
+
 def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = open_adapter(peft_folder(tmp_path / "a"))
 
