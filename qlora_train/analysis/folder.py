@@ -20,6 +20,7 @@ from qlora_train.adapters.fold import Delta, Update, read_deltas, read_updates
 from qlora_train.adapters.forms.offset import START, OffsetForm, ResidualForm
 from qlora_train.adapters.inits.residual import Taken, read_taken
 from qlora_train.adapters.state import CONFIG, MAX_RANK, WEIGHTS, load_adapter_config
+from qlora_train.adapters.updates import RowDelta
 from qlora_train.artifacts.files import write_file
 from qlora_train.artifacts.folders import MANIFEST, appearing, publishing, read_manifest
 from qlora_train.artifacts.layout import RunDir
@@ -71,7 +72,8 @@ class OpenedAdapter:
         return {name.removesuffix(".weight"): update for name, update in read_updates(self.folder).items()}
 
     def changes(self) -> dict[str, Update]:
-        """What training changed, by module: its updates; of rank 2 r where A and B began as a part of the base."""
+        """What training changed, by module, as factors where it is of low rank: embeddings too, and of rank 2 r where
+        A and B began as a part of the base."""
         taken, updates = read_taken(self.folder), self.updates()
         return {module: _trained_part(update, taken.get(f"{module}.weight")) for module, update in updates.items()}
 
@@ -81,6 +83,8 @@ class OpenedAdapter:
 
 
 def _trained_part(update: Update, taken: Taken | None) -> Update:
+    if isinstance(update, RowDelta):  # s (B A)^T = s A^T B^T
+        return Delta(update.embedding_B.T, update.embedding_A.T, update.scaling)
     if taken is None or not isinstance(update, Delta):
         return update
     start = dict(zip(START, (taken.factors.lora_A, taken.factors.lora_B), strict=True))

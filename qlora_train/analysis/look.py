@@ -109,7 +109,10 @@ def _start_overlaps(subject: Subject) -> tuple[StartOverlap, ...]:
         return ()
     found = []
     for name in dict.fromkeys(map(name_of, in_model_order(subject.deltas))):
-        modules = [module for module in subject.deltas if name_of(module) == name]
+        # An embedding's A starts at zero.
+        modules = [module for module in subject.deltas if name_of(module) == name and module in subject.start]
+        if not modules:
+            continue
         phis = []
         for module in modules:
             before, after = subject.start[module], subject.deltas[module].lora_A

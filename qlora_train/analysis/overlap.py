@@ -117,7 +117,8 @@ def overlaps(
             if not min(side.shape[1] for pair in bases for side in pair):
                 continue
             control = None
-            if starts is not None and directions == "A":
+            drawn = starts is not None and all(module in side for module in modules for side in starts)
+            if starts is not None and drawn and directions == "A":
                 control = _mean_grid([(row_directions(starts[0][m]), row_directions(starts[1][m])) for m in modules])
             dim = bases[0][0].shape[0]
             found.append(Overlap(name, directions, len(modules), dim, _mean_grid(bases), control))

@@ -11,6 +11,7 @@ import pytest
 from qlora_train.recipe.methods import METHODS
 from tests.commandline import run_cli, write_recipe
 from tests.methods.cases import section_of
+from tests.tiny import build_tiny_llama
 
 NUM_STEPS = 6
 KEYS: dict[str, dict[str, Any]] = {
@@ -45,6 +46,17 @@ def recipe(folder: Path, model: Path, method: str, experts: list[Path]) -> Path:
         sections["quant"] = {"quant_type": "int4", "block_size": 32}
     path.write_text(json.dumps(sections))
     return path
+
+
+def test_an_adapted_embedding_is_looked_into_as_the_product_it_is(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, build_tiny_llama(tmp_path / "llama", tie=False), adapter__embeddings=True)
+    outcome = run_cli("train", path)
+    assert outcome.code == 0, outcome.err
+    outcome = run_cli("analyze", tmp_path / "run", tmp_path / "run", "--json")
+    assert outcome.code == 0, outcome.err
+    assert "of full rank" not in outcome.out + outcome.err
+    found = json.loads(outcome.out)
+    assert "embed_tokens" in outcome.out and found["looks"][0]["start_overlaps"], found.keys()
 
 
 @pytest.mark.slow
