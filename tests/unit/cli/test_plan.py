@@ -32,7 +32,7 @@ def recipe(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def wide(monkeypatch: pytest.MonkeyPatch) -> None:
     """No folded columns."""
-    monkeypatch.setenv("COLUMNS", "180")
+    monkeypatch.setenv("COLUMNS", "300")
 
 
 def plan(*arguments: str) -> Outcome:
