@@ -32,6 +32,21 @@ class Distance:
     nll_rise_se: float | None = None  # standard error of their difference, over rows; None for a single row
 
 
+def kl_divergence(log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
+    """KL(p || q) of each row in nats, from log-probabilities that need not be normalised better than float32 can.
+
+    The usual sum of p (log p - log q) carries the rounding of both normalisers, +-1e-7 in float32: more than a sound
+    merge. With d = log p - log q and its mean m under p, KL is also log E_p[exp(m - d)], which is
+    log1p E_p[expm1(m - d) - (m - d)]: the normalisers cancel. Right to 20 % at 1e-12 and to 1e-5 from 1e-6 on, for half
+    of what float64 would take more. Where a probability is far larger in q, by exp(20), the usual sum is taken.
+    """
+    p_NV, difference_NV = log_p_NV.exp(), log_p_NV - log_q_NV
+    sum_N1 = (p_NV * difference_NV).sum(-1, keepdim=True)
+    centred_NV = sum_N1 - difference_NV
+    small_N = (p_NV * (centred_NV.expm1() - centred_NV)).sum(-1).log1p()
+    return torch.where(centred_NV.amax(-1) > 20, sum_N1[:, 0], small_N)
+
+
 class _Sums:
     def __init__(self, num_rows: int) -> None:
         self.kl = self.max_kl = self.agree = self.reference_nll = self.candidate_nll = 0.0
@@ -41,7 +56,7 @@ class _Sums:
 
     def add(self, reference_NV: Tensor, candidate_NV: Tensor, labels_N: Tensor, rows_N: Tensor) -> None:
         log_p, log_q = reference_NV.log_softmax(-1), candidate_NV.log_softmax(-1)
-        kl_N = (log_p.exp() * (log_p - log_q)).sum(-1)
+        kl_N = kl_divergence(log_p, log_q)
         self.kl += float(kl_N.sum())
         self.max_kl = max(self.max_kl, float(kl_N.max()))
         self.agree += float((log_p.argmax(-1) == log_q.argmax(-1)).sum())

@@ -80,7 +80,9 @@ def test_trained_resumed_and_exported(method: str, tiny_dir: Path, experts: list
     )
     assert ours == theirs, "resumed from step 3 it is the straight run to the bit"
 
-    exported = run_cli("export", straight.parent / "run", tmp_path / "merged", "--json")
+    # In float32: six steps of a tiny model may change it less than rounding to 16 bit does.
+    merging = ("export", straight.parent / "run", tmp_path / "merged", "export.export_dtype=float32", "--json")
+    exported = run_cli(*merging)
     if METHODS[method].merges == "none":
         assert exported.code == 4 and "neither merged nor folded" in exported.err
         assert not (tmp_path / "merged").exists()
