@@ -12,7 +12,8 @@ import typer
 from qlora_train import __version__
 from qlora_train.cli import complete
 from qlora_train.cli.adapter_verbs import adapter_app
-from qlora_train.cli.verbs import AsJson, Overrides, RecipePath, RunPath, show_bug, verb
+from qlora_train.cli.streams import steady_streams
+from qlora_train.cli.verbs import AsJson, Overrides, RecipePath, RunPath, explained, show_bug, verb
 from qlora_train.errors import OutOfMemory
 
 app = typer.Typer(
@@ -291,4 +292,12 @@ def version(
 def main(arguments: Sequence[str] | None = None) -> Any:
     """Entry point of `qlora-train`; ends the process."""
     sys.excepthook = show_bug
-    return app(args=list(arguments) if arguments is not None else None)
+    with steady_streams():
+        try:
+            with explained():  # what is printed outside of a verb: --help, --version
+                try:
+                    app(args=list(arguments) if arguments is not None else None)
+                finally:
+                    sys.stdout.flush()
+        except typer.Exit as end:
+            raise SystemExit(end.exit_code) from None

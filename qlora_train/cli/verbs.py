@@ -8,17 +8,17 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
-from contextlib import redirect_stderr
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial, wraps
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Annotated, NoReturn, ParamSpec, TextIO, cast
+from typing import Annotated, NoReturn, ParamSpec
 
 import typer
 
 from qlora_train.cli import complete
-from qlora_train.cli.streams import SteadyStream, discard
+from qlora_train.cli.streams import discard
 from qlora_train.errors import Interrupted, UserError
 from qlora_train.printable import fit_to_show
 
@@ -92,9 +92,8 @@ def verb(function: Callable[P, None]) -> Callable[P, None]:
             if signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` has it
                 signal.signal(number, _terminate)
         signal.signal(signal.SIGUSR1, lambda *_: None)  # asks `train` for a checkpoint; may come before it can be heard
-        with redirect_stderr(cast(TextIO, SteadyStream(sys.stderr))):
-            _leave_removed_folder()
-            _run(partial(function, *args, **kwargs))
+        _leave_removed_folder()
+        _run(partial(function, *args, **kwargs))
 
     return run
 
@@ -103,20 +102,12 @@ def _run(function: partial[None]) -> None:
     """Call a verb; typer.Exit with the exit code of what went wrong."""
     try:
         _silence_libraries()
-        function()
-        sys.stdout.flush()
-    except UserError as error:
-        print(fit_to_show(str(error)), file=sys.stderr)
-        raise typer.Exit(error.exit_code) from None
-    except Interrupted as error:
-        print(fit_to_show(str(error)), file=sys.stderr)
-        raise typer.Exit(error.exit_code) from None
+        with explained():
+            function()
+            sys.stdout.flush()
     except KeyboardInterrupt:
         print("interrupted; what was saved before is intact", file=sys.stderr)
         raise typer.Exit(INTERRUPTED_AT_ONCE) from None
-    except BrokenPipeError:
-        discard(sys.stdout)  # the reader of our output went away
-        raise typer.Exit(NOBODY_READS) from None
     except (typer.Exit, typer.Abort, typer.BadParameter):
         raise
     except Exception as error:
@@ -124,6 +115,19 @@ def _run(function: partial[None]) -> None:
 
         error.add_note(write_bug_report(error, function.func.__name__, function.keywords))
         raise
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """typer.Exit with a message and an exit code, in place of what a user or the machine can cause."""
+    try:
+        yield
+    except (UserError, Interrupted) as error:
+        print(fit_to_show(str(error)), file=sys.stderr)
+        raise typer.Exit(error.exit_code) from None
+    except BrokenPipeError:
+        discard(sys.stdout)  # the reader of our output went away
+        raise typer.Exit(NOBODY_READS) from None
 
 
 def show_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
