@@ -147,6 +147,23 @@ def explained(path: Path, *, num_bytes: int | None = None) -> Iterator[None]:
         ) from error
 
 
+@contextlib.contextmanager
+def legible(path: Path) -> Iterator[None]:
+    """Turn an error of reading `path` into a MachineError, unless no file is there: who reads it knows what that means.
+
+    What the machine does not hand out is not damaged by that, and may be whole tomorrow.
+    """
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        raise
+    except OSError as error:
+        raise MachineError(
+            f"cannot read {path}: {error.strerror or error}{_circumstances(path, error.errno, None)}",
+            fix="see to the disk (`dmesg`), the way to it, or who may read there, and try again; nothing was changed",
+        ) from error
+
+
 def is_full(error: MachineError) -> bool:
     """Whether a write failed because there was no room, which may come back."""
     return _errno(error.__cause__) in _NO_ROOM

@@ -22,6 +22,7 @@ from qlora_train.artifacts.files import (
     fsync_dir,
     fsync_file,
     json_bytes,
+    legible,
     make_folder,
     sha256_file,
     write_json,
@@ -161,45 +162,55 @@ class OtherSchema(ValueError):
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a published folder; ValueError when it is not as it was written, OSError when it is not there.
 
-    OtherSchema, which is a ValueError, when it is as another version of qlora-train wrote it.
+    OtherSchema, which is a ValueError, when it is as another version of qlora-train wrote it; MachineError when the
+    machine does not let it be read.
     """
-    content = (folder / MANIFEST).read_bytes()
+    path = folder / MANIFEST
+    with legible(path):
+        content = path.read_bytes()
     manifest = json.loads(content)
     if not isinstance(manifest, dict) or "schema" not in manifest:
         raise ValueError("not a manifest")
-    if manifest["schema"] != SCHEMA_VERSION:
-        is_whole = content == json_bytes(_sealed(manifest))
-        raise (OtherSchema if is_whole else ValueError)(
-            f"schema {manifest['schema']}, this build knows {SCHEMA_VERSION}"
-        )
-    if content != json_bytes(_sealed(manifest)):
+    is_whole, schema = content == json_bytes(_sealed(manifest)), manifest["schema"]
+    if schema != SCHEMA_VERSION:
+        raise (OtherSchema if is_whole else ValueError)(f"schema {schema}, this build knows {SCHEMA_VERSION}")
+    if not is_whole:
         raise ValueError("changed since it was written: its own SHA-256 does not match")
     return manifest
 
 
 def manifest_faults(folder: Path) -> list[str]:
-    """Why a published folder is not what its manifest says; empty when every byte verifies."""
+    """Why a published folder is not what its manifest says; empty when every byte verifies.
+
+    MachineError when the machine does not let a file of it be read: nobody knows then what is in it.
+    """
     try:
         files: dict[str, dict[str, Any]] = read_manifest(folder)["files"]
         expected = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
-        present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - {MANIFEST}
+        present = {p.relative_to(folder).as_posix() for p in _files(folder)} - {MANIFEST}
     except FileNotFoundError:
         return [f"{MANIFEST}: missing"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return [f"{MANIFEST}: {error}"]
     faults = [f"{name}: not in {MANIFEST}" for name in sorted(present - set(expected))]
     for name, (num_bytes, digest) in sorted(expected.items()):
-        path = folder / name
-        try:
-            if name not in present or path.is_symlink():
-                faults.append(f"{name}: missing")
-            elif path.stat().st_size != num_bytes:
-                faults.append(f"{name}: {path.stat().st_size:,} of {num_bytes:,} bytes")
-            elif sha256_file(path) != digest:
-                faults.append(f"{name}: SHA-256 mismatch")
-        except OSError as error:
-            faults.append(f"{name}: {error.strerror}")
+        fault = _file_fault(folder / name, num_bytes, digest) if name in present else "missing"
+        if fault is not None:
+            faults.append(f"{name}: {fault}")
     return faults
+
+
+def _file_fault(path: Path, num_bytes: int, digest: str) -> str | None:
+    """Why a file is not the one of a manifest."""
+    try:
+        with legible(path):
+            if path.is_symlink():
+                return "missing"
+            if path.stat().st_size != num_bytes:
+                return f"{path.stat().st_size:,} of {num_bytes:,} bytes"
+            return None if sha256_file(path) == digest else "SHA-256 mismatch"
+    except FileNotFoundError:  # since the folder was listed
+        return "missing"
 
 
 def retire(folder: Path) -> None:

@@ -202,7 +202,7 @@ class _Reader:
             try:
                 _refuse_damaged(folder)
                 found.append(shapes.Flight.model_validate_json((folder / "flight.json").read_bytes()))
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, UserError) as error:
                 self.notes.append(f"{run_dir.flights.name}/{folder.name} is damaged: {_reason(error)}")
         return tuple(found)
 

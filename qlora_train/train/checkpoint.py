@@ -126,7 +126,8 @@ def stored_last_steps(checkpoint: Checkpoint) -> dict[str, Any]:
 def find_checkpoint(run_dir: RunDir, step: int | None = None) -> tuple[Checkpoint, list[str]]:
     """The newest checkpoint that verifies, or that of `step`; and a warning for each newer one that does not.
 
-    Raises ResumeError when there is none, or when the step asked for is absent or damaged.
+    Raises ResumeError when there is none, or when the step asked for is absent or damaged; MachineError when the
+    machine does not let one be read, which is no reason to pass it over.
     """
     steps = run_dir.checkpoint_steps()
     if step is not None:
@@ -158,18 +159,28 @@ def _faults(step: int, folder: Path) -> list[str]:
     """
     refuse_pickles(sorted(folder.iterdir()), str(folder))
     try:
+        faults = manifest_faults(folder)
+    except MachineError as error:
+        (problem,) = error.problems
+        fix = f"{problem.fix}; or go on from an earlier step: --resume --from STEP"
+        raise MachineError(problem.what, fix=fix) from error
+    if faults:
+        _refuse_other_version(folder)
+        return faults
+    written = read_manifest(folder).get("step")
+    return [] if written == step else [f"{MANIFEST}: it is a checkpoint of step {written}"]
+
+
+def _refuse_other_version(folder: Path) -> None:
+    try:
         read_manifest(folder)
     except OtherSchema as error:
         raise ResumeError(
             f"{folder}: another version of qlora-train wrote it ({error})",
             fix="go on with that version: it is in environment.json of the run folder",
         ) from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        pass  # a fault, and told below
-    if faults := manifest_faults(folder):
-        return faults
-    written = read_manifest(folder).get("step")
-    return [] if written == step else [f"{MANIFEST}: it is a checkpoint of step {written}"]
+    except (OSError, ValueError, RecursionError):
+        pass  # damaged
 
 
 def restore_checkpoint(

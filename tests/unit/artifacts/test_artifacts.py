@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import os
 import re
@@ -310,6 +311,21 @@ def test_a_manifest_sees_all_damage(tmp_path: Path, damage: str) -> None:
     spoil(target)
     faults = manifest_faults(target)
     assert len(faults) == 1 and faults[0].startswith(expected), faults
+
+
+@pytest.mark.parametrize("name", [MANIFEST, "weights.bin"])
+def test_what_cannot_be_read_is_not_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    target = publish(tmp_path / "target")
+    real = io.open
+
+    def refusing(file: Any, *arguments: Any, **options: Any) -> Any:
+        if Path(str(file)).name == name:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return real(file, *arguments, **options)
+
+    monkeypatch.setattr(io, "open", refusing)
+    with pytest.raises(MachineError, match=f"cannot read .*{name}: Stale file handle.*try again; nothing was changed"):
+        manifest_faults(target)
 
 
 def test_retire_removes_the_folder_and_its_trash(tmp_path: Path) -> None:
