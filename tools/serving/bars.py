@@ -34,7 +34,7 @@ def formats_bars(run: Path, full: bool) -> list[Bar]:
     if full:
         result, seconds = verb("export", run, folder, _ANY_KL, *asked)
     else:
-        result = verb_here("export", run, folder, _ANY_KL, *asked)
+        result = verb_here("export", run, folder, *asked)
     bars = [bar for found in result["formats"] for bar in _format_bars(found)]
     bars += _client_bars(folder, run)
     return [*bars, Bar(f"export of {len(names)} formats", seconds, "s")] if full else bars
