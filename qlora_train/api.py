@@ -49,7 +49,6 @@ from qlora_train.evaluate.validation import BASE_FIX
 from qlora_train.export.base import BaseReader, as_float32
 from qlora_train.export.formats.run import FormatResult, FormatsResult, Heard
 from qlora_train.export.formats.run import export_formats as publish_formats
-from qlora_train.export.formats.writers import FORMATS
 from qlora_train.export.run import ExportResult, run_export
 from qlora_train.export.unread import SAFETENSORS, refuse_unread
 from qlora_train.export.verify import load_merged
@@ -331,8 +330,7 @@ def export_formats(
     Raises as `export` does, and ModelError for a model that a format's servers compute otherwise, before any work.
     """
     finished = open_run(run, overrides, sections=EXPORT_SETTINGS)
-    lossy = [name for name, kind in FORMATS.items() if kind.lossy]
-    refuse_unread(overrides, formats, finished.recipe.export.base, lossy=lossy)
+    refuse_unread(overrides, formats, finished.recipe.export.base)
     return publish_formats(finished, target, formats, repository=push, heard=heard)
 
 

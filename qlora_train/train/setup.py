@@ -108,7 +108,7 @@ class Prepared:
 
 def refuse_many_processes() -> None:
     """One process for now: several would each train the whole set and overwrite each other."""
-    if (count := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+    if (count := os.environ.get("WORLD_SIZE", "")) not in ("", "1"):
         raise MachineError(f"WORLD_SIZE is {count}: training uses one process", fix="start it without torchrun")
 
 

@@ -271,6 +271,7 @@ def test_a_format_that_is_too_far_off_is_refused_with_its_price(run: Path, tmp_p
         (["--format", "gguf-f16", "export.shard_gib=1"], "export.shard_gib has no effect here"),
         (["export.max_kl=1"], "export.max_kl has no effect here"),
         (["export.max_loss_rise=1"], "give export.base=original or export.base=auto"),
+        (["export.base=original", "export.max_kl_frac=0.5"], "give export.base=dequantized or export.base=auto"),
         (["eval.generate_rows=3"], "eval.generate_rows has no effect here"),
     ],
 )
