@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora_train.artifacts.files import explained
+from qlora_train.artifacts.folders import read_manifest, retire
 from qlora_train.artifacts.layout import RunDir
 from qlora_train.data.account import build_loader
 from qlora_train.errors import RecipeError
@@ -154,6 +155,11 @@ def go_on(resume: Resume, prepared: Prepared, state: TrainState, changes: Sequen
         run_dir.summary.unlink(missing_ok=True)
     if gone := retire_newer(run_dir, state.step):
         job.reporter.message(f"removed the checkpoints past step {state.step}: {', '.join(map(str, gone))}")
+    if _is_of_later_step(run_dir, state.step):
+        retire(run_dir.adapter)
+        job.reporter.message(
+            f"removed the adapter that came of the steps past {state.step}; the end publishes one anew"
+        )
     forget_lost_best(run_dir, state, job.reporter)
     scorer.forget_other_best(state)
     if forked and state.best_step is not None:
@@ -169,6 +175,15 @@ def go_on(resume: Resume, prepared: Prepared, state: TrainState, changes: Sequen
             "not bit for bit the undisturbed run from here on, the same rows in the same order with other rounding"
             f"{draws}: {describe_changes(rounding)}"
         )
+
+
+def _is_of_later_step(run_dir: RunDir, step: int) -> bool:
+    """Whether the published adapter belongs to the course that is left; a damaged one is refused by its readers."""
+    try:
+        written = read_manifest(run_dir.adapter).get("step")
+    except (OSError, ValueError):
+        return False
+    return isinstance(written, int) and written > step
 
 
 def level_of(forked: Sequence[Change], rounding: Sequence[Change], job: Job) -> Level:

@@ -9,8 +9,10 @@ import os
 import random
 import signal
 import time
+from pathlib import Path
 
-from tests.faults.harness import STEP, Point, Scene, damaged, leftovers, steps_of, with_fault
+from qlora_train.artifacts.folders import MANIFEST, manifest_faults
+from tests.faults.harness import STEP, Point, Scene, damaged, export_with_fault, leftovers, steps_of, with_fault
 
 # Where a signal comes: before the n-th call of a function; and the step that is saved when the run has ended.
 PHASES: dict[str, tuple[str, int, int | None]] = {
@@ -56,6 +58,36 @@ def fail_and_resume(scene: Scene, point: Point, error: str) -> str:
     return scene.finish(folder)
 
 
+def kill_export(scene: Scene, clean: Path, point: Point) -> str:
+    """kill -9 before a call of an export: its target is not there, or is whole; the next export is the clean one."""
+    folder, ended = export_with_fault(scene, point.kill)
+    if ended.signal != signal.SIGKILL and not (folder / "merged").exists():
+        return f"not killed: {ended}"
+    return _exported_again(scene, folder, clean)
+
+
+def fail_export(scene: Scene, clean: Path, point: Point, error: str) -> str:
+    """A call of an export fails: exit code 6, a message with the path, no more than finished shards are left."""
+    folder, ended = export_with_fault(scene, point.fail(error))
+    if ended.code != 6 or str(folder) not in ended.said or "Fix:" not in ended.said or "Traceback" in ended.said:
+        return f"{ended}"
+    if not (folder / "merged").exists() and (left := [name for name in leftovers(folder) if "-shards" not in name]):
+        return f"left behind: {left}"
+    return _exported_again(scene, folder, clean)
+
+
+def _exported_again(scene: Scene, folder: Path, clean: Path) -> str:
+    target = folder / "merged"
+    if not target.exists():
+        ended = scene.launcher.run("export", folder / "run", target)
+        if ended.code != 0 or leftovers(folder):
+            return f"the next export leaves {leftovers(folder)}: {ended}"
+    # A card tells of the seconds that the export took.
+    names = {path.name for path in (*target.iterdir(), *clean.iterdir())} - {"export.json", MANIFEST, "README.md"}
+    differing = [n for n in sorted(names) if (target / n).read_bytes() != (clean / n).read_bytes()]
+    return ", ".join([*manifest_faults(target), *differing])
+
+
 def kill_somewhere(scene: Scene, draw: random.Random, times: int) -> str:
     """kill -9 at random moments of a run, so many times in a row."""
     folder = scene.before_start()
@@ -68,6 +100,24 @@ def kill_somewhere(scene: Scene, draw: random.Random, times: int) -> str:
             return f"{ended}"
         if spoilt := damaged(folder / "run"):
             return f"after a kill: {spoilt}"
+    return scene.finish(folder)
+
+
+def stop_somewhere(scene: Scene, draw: random.Random) -> str:
+    """SIGTERM at a random moment of a run: it ends by it, with a whole step saved if it had made one, or had ended."""
+    folder = scene.before_start()
+    child = scene.start(folder)
+    time.sleep(draw.uniform(0, scene.seconds))
+    os.kill(child.pid, signal.SIGTERM)
+    ended = child.ended()
+    began = ended.signal == signal.SIGTERM  # before the command line takes signals: the child was just forked
+    if not began and (ended.code not in (0, 128 + signal.SIGTERM) or "Traceback" in ended.said):
+        return f"{ended}"
+    if wrong := [*damaged(folder / "run"), *leftovers(folder / "run")]:
+        return f"left behind: {wrong}"
+    steps = steps_of(folder / "run")
+    if ended.code == 128 + signal.SIGTERM and steps and f"step-{steps[-1]:06d}; go on with --resume" not in ended.said:
+        return f"{ended}"
     return scene.finish(folder)
 
 

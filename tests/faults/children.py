@@ -82,6 +82,20 @@ def fill_disk(times: int) -> None:
     checkpoint.write_checkpoint, checkpoint.WAIT_S = refusing, 0.1
 
 
+def fail_reading(path: str) -> None:
+    """Let a file be one that the disk does not hand out, when its hash is taken."""
+    from qlora_train.artifacts import folders
+
+    real = folders.sha256_file
+
+    def failing(file: Path) -> str:
+        if str(file) == path:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(file)
+
+    folders.sha256_file = failing
+
+
 def report_free_space(num_bytes: int) -> None:
     """Let the disk seem to have so much room."""
     real = shutil.disk_usage
@@ -232,8 +246,8 @@ def fuse_optimizer() -> None:
 SETUPS: dict[str, Callable[..., None]] = {
     function.__name__: function
     for function in (
-        *(stop_at_save, list_modules, limit_file_size, fill_disk, report_free_space, mount_read_only, refuse_locks),
-        kill_template_worker,
+        *(stop_at_save, list_modules, limit_file_size, fill_disk, fail_reading, report_free_space, mount_read_only),
+        *(refuse_locks, kill_template_worker),
         *(signal_at, ignore_signal, close_pipe, leave_removed_folder),
         *(lose_moments, restart_rows, shift_rows, swap_micro_batches, count_dropout, fuse_optimizer),
     )

@@ -96,7 +96,8 @@ class Launcher:
         self.folder = folder
         self._count = 0
         self._lock = threading.Lock()
-        environment = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        # Progress bars write as often as time allows, and calls are counted.
+        environment = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
         # pyarrow's allocator would start a thread of its own, in the process that forks.
         environment |= {"QLORA_TRAIN_CACHE": str(folder / "cache"), "JE_ARROW_MALLOC_CONF": "background_thread:false"}
         self._server = subprocess.Popen(
@@ -289,9 +290,13 @@ def why_not_traceable() -> str:
 
 
 @contextmanager
-def tracing(pid: int, log: Path, *options: str, path: Path | None = None) -> Iterator[None]:
-    """strace on a running process, or on its calls on `path` alone: the trace goes to `log`. On leaving it lets go."""
-    command = ["strace", "-f", "-y", "-s", "80", "-p", str(pid), "-o", str(log), *(("-P", str(path)) if path else ())]
+def tracing(pid: int, log: Path, *options: str, path: Path | None = None, alone: bool = False) -> Iterator[None]:
+    """strace on a running process, or on its calls on `path` alone: the trace goes to `log`. On leaving it lets go.
+
+    `alone`: on its main thread, without those of its children, each of which strace counts the calls of by itself.
+    """
+    command = ["strace", "-y", "-s", "80", "-p", str(pid), "-o", str(log), *(("-P", str(path)) if path else ())]
+    command += [] if alone else ["-f"]
     for option in options:
         command += ["-e", option]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as tracer:
@@ -343,6 +348,33 @@ def trace_of_save(scene: Scene) -> Path:
         ended = child.ended()
     assert ended.code == 0, ended.said
     return trace
+
+
+_BEGINNING = "qlora_train.export.run:finished_shards"
+_EXPORT_BEGINS = ("signal_at", {"where": _BEGINNING, "call": 1, "numbers": [signal.SIGSTOP]})
+
+
+def trace_of_export(scene: Scene) -> Path:
+    """A trace of an export from its first call that changes a file on; the export lies beside it, as `merged`."""
+    folder = scene.finished()
+    trace = folder / "trace"
+    ended = _export_traced(scene, folder, f"trace={','.join(CHANGING)}")
+    assert ended.code == 0, ended.said
+    return trace
+
+
+def export_with_fault(scene: Scene, fault: str) -> tuple[Path, Ended]:
+    """An export that meets a fault; the folder of run and target, and how it ended."""
+    folder = scene.finished()
+    return folder, _export_traced(scene, folder, fault)
+
+
+def _export_traced(scene: Scene, folder: Path, *options: str) -> Ended:
+    child = scene.launcher.start("export", folder / "run", folder / "merged", setups=[_EXPORT_BEGINS])
+    child.stopped()
+    with tracing(child.pid, folder / "trace", *options, alone=True):
+        child.go()
+        return child.ended()
 
 
 def with_fault(scene: Scene, fault: str, *more: str) -> tuple[Path, Ended]:

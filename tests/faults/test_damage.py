@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from qlora_train.artifacts.folders import MANIFEST
 from qlora_train.artifacts.layout import RunDir
 from qlora_train.errors import ResumeError
 from qlora_train.train.checkpoint import find_checkpoint
-from tests.faults.harness import Scene, outcome_of, steps_of
+from tests.faults.harness import STEP, Scene, damaged, outcome_of, steps_of
 
 FLIPS = 64
 
@@ -97,6 +99,21 @@ def test_through_the_command_line(scene: Scene) -> None:
     assert outcome_of(folder / "run") == scene.expected
 
 
+def test_what_the_disk_does_not_hand_out_is_not_taken_for_damaged(scene: Scene) -> None:
+    """A checkpoint that may be whole tomorrow is neither passed over nor removed; an earlier step goes on by name."""
+    folder = scene.before_save()
+    path = folder / "run" / "ckpt" / "step-000004" / "optimizer.safetensors"
+    setups = [("fail_reading", {"path": str(path)})]
+    refused = scene.train(folder, "--resume", setups=setups)
+    assert refused.code == 6 and f"cannot read {path}: Input/output error" in refused.said, refused
+    assert "--from" in refused.said and steps_of(folder / "run") == [3, 4] and not damaged(folder / "run")
+    assert scene.finish(folder) == ""
+    other = scene.before_save()
+    setups = [("fail_reading", {"path": str(other / path.relative_to(folder))})]
+    ended = scene.train(other, "--resume", "--from", "3", setups=setups)
+    assert ended.code == 0 and outcome_of(other / "run") == scene.expected, ended
+
+
 @pytest.mark.slow
 def test_nothing_left_to_go_on_from(scene: Scene) -> None:
     folder = scene.before_save()
@@ -115,3 +132,23 @@ def test_the_best_checkpoint_is_lost(scene: Scene) -> None:
     ended = scene.train(folder, "--resume")
     assert ended.code == 0 and "the best checkpoint so far is lost" in ended.said, ended
     assert scene.finish(folder) == ""
+
+
+def test_rows_that_change_under_a_run(scene: Scene) -> None:
+    """They were read before the first step, so the run ends as the straight one; resumed, it wants the old ones."""
+    for number, code in ((signal.SIGCONT, 0), (signal.SIGKILL, None)):
+        folder = scene.before_save()
+        rows = folder / "train.jsonl"
+        before = rows.read_bytes()
+        child = scene.start(folder, "--resume", setups=[("stop_at_save", {"step": STEP})])
+        child.stopped()
+        rows.write_bytes(before.replace(b"list files", b"list folders"))
+        os.kill(child.pid, number)
+        assert child.ended().code == code
+        if number == signal.SIGCONT:
+            assert outcome_of(folder / "run") == scene.expected
+            continue
+        refused = scene.train(folder, "--resume")
+        assert refused.code == 5 and "data" in refused.said and not damaged(folder / "run"), refused
+        rows.write_bytes(before)
+        assert scene.finish(folder) == ""

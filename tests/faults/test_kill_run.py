@@ -53,26 +53,3 @@ def test_what_is_lost_is_seen(scene: Scene, control: str) -> None:
     """Negative controls: each ends with exit code 0, as with other trainers, and with another adapter."""
     found = lose_and_resume(scene, control)
     assert "adapter_model.safetensors" in found and "exit code" not in found, found
-
-
-EXPORTING = (
-    "qlora_train.export.run:merge_to",
-    "qlora_train.export.run:verify",
-    "qlora_train.artifacts.folders:_take_name",
-)
-
-
-@pytest.mark.slow
-def test_killed_in_an_export(scene: Scene) -> None:
-    """Before the weights, the comparison and the name: nothing appears, and the next export is a clean one."""
-    folder = scene.finished()
-    run, clean = folder / "run", folder / "clean"
-    assert scene.launcher.run("export", run, clean).code == 0
-    for index, where in enumerate(EXPORTING):
-        target = folder / f"merged-{index}"
-        setups = [("signal_at", {"where": where, "call": 1, "numbers": [signal.SIGKILL]})]
-        assert scene.launcher.run("export", run, target, setups=setups).signal == signal.SIGKILL
-        assert not target.exists()
-        ended = scene.launcher.run("export", run, target)
-        assert ended.code == 0, ended
-        assert (target / "model.safetensors").read_bytes() == (clean / "model.safetensors").read_bytes()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shlex
 import signal
 import subprocess
@@ -12,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.cases import PHASES, stop_and_resume
+from tests.faults.cases import PHASES, stop_and_resume, stop_somewhere
 from tests.faults.harness import ROOT, Ended, Scene, damaged, leftovers, outcome_of, steps_of
+
+RANDOM_STOPS = 20
 
 
 def ended_by(ended: Ended, number: int) -> None:
@@ -30,6 +33,14 @@ def test_sigterm_in_an_evaluation(scene: Scene) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_every_signal_in_every_phase(scene: Scene, number: signal.Signals) -> None:
     wrong = {phase: found for phase in PHASES if (found := stop_and_resume(scene, phase, number))}
+    assert not wrong
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_sigterm_at_random(scene: Scene) -> None:
+    draw = random.Random(5)
+    wrong = [found for _ in range(RANDOM_STOPS) if (found := stop_somewhere(scene, draw))]
     assert not wrong
 
 
@@ -84,6 +95,19 @@ def test_a_second_sigint_ends_the_run_at_once(scene: Scene) -> None:
     ended_by(ended, signal.SIGINT)
     assert "what was saved before is intact" in ended.said
     assert not damaged(folder / "run") and max(steps_of(folder / "run")) == 4 and not leftovers(folder / "run")
+    assert scene.finish(folder) == ""
+
+
+@pytest.mark.slow
+def test_a_course_that_was_left_leaves_no_adapter_to_export(scene: Scene) -> None:
+    """A run that had ended goes on from an earlier step and is stopped: its adapter was of the steps it has left."""
+    folder = scene.finished()
+    options = {"where": "qlora_train.train.loop:train_step", "call": 1, "numbers": (signal.SIGTERM,)}
+    ended = scene.train(folder, "--resume", "--from", "8", setups=[("signal_at", options)])
+    ended_by(ended, signal.SIGTERM)
+    assert "removed the adapter that came of the steps past 8" in ended.said, ended
+    refused = scene.launcher.run("export", folder / "run", folder / "merged")
+    assert refused.code == 4 and "no finished adapter yet" in refused.said, refused
     assert scene.finish(folder) == ""
 
 
