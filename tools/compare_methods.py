@@ -1,6 +1,8 @@
 """Compare the adapter methods on the same rows, each at its own best learning rate: tools/figures/compare.json.
 
 Each run is a line of runs/compare/ledger.jsonl, so that an interrupted comparison goes on where it was; start it again.
+`--keep` puts the lines beside the figures, from where another checkout goes on; after a change of the code with
+`--any-code`, which the table then says.
 Rates are searched on a quarter of `shell`, the best one trains the whole of it with two seeds, the methods that are
 worth it on NF4 learn `spelling` too, and step times are taken in turns with LoRA's. Hours on two cores.
 """
@@ -20,7 +22,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 from comparing.entrants import entrants
-from comparing.ledger import Ledger, code_digest
+from comparing.ledger import KEPT, Ledger, code_digest
 from comparing.sweep import Compared, Sweep
 from comparing.table import COLUMNS, NOTES, cells, figures
 from comparing.trial import FULL, SAMPLE, WORK, Scale
@@ -44,6 +46,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of each run")
     parser.add_argument("--show", action="store_true", help="make no run: the table of what there is")
     parser.add_argument("--any-code", action="store_true", help="take runs that other states of the code made too")
+    parser.add_argument("--keep", action="store_true", help="keep the runs of the whole comparison in the repository")
     parser.add_argument("--work", type=Path, default=WORK, help="where the ledger and the runs are kept")
     parser.add_argument("shared", nargs="*", metavar="KEY=VALUE", help="recipe keys for every run, e.g. model.path=...")
     parser.add_argument("--limit-s", type=float, default=MAX_RUN_S, help="a training over it is given up")
@@ -94,8 +97,9 @@ def main() -> int:
         print(f"{time.perf_counter() - started:6.0f} s  {text}", file=sys.stderr, flush=True)
 
     scale = SAMPLE if arguments.sample else FULL
+    ledger = Ledger(arguments.work / "ledger.jsonl", any_code=arguments.any_code, kept=KEPT)
     sweep = Sweep(
-        Ledger(arguments.work / "ledger.jsonl", any_code=arguments.any_code),
+        ledger,
         scale,
         threads=arguments.threads,
         limit_s=arguments.limit_s,
@@ -105,6 +109,8 @@ def main() -> int:
         shared=arguments.shared,
     )
     compared = sweep.compare(arguments.methods, arguments.stages)
+    if arguments.keep:
+        print(f"{ledger.keep(FULL.name)} runs of the whole comparison are kept in {KEPT.name}")
     rows = figures(compared)
     show(rows, Console(width=None if sys.stdout.isatty() else 160))
     absent = missing(compared, scale, arguments.stages)
@@ -121,6 +127,7 @@ def main() -> int:
             "threads": arguments.threads,
             "shared": arguments.shared,
             "machine": environment(),
+            "sources": ledger.sources(entry for each in compared for entry in each.entries()),
             "missing": absent,
             "rows": rows,
         }

@@ -27,6 +27,10 @@ class Compared:
     spelling: Entry | None
     cost: Entry | None
 
+    def entries(self) -> list[Entry]:
+        """The runs of its row."""
+        return [*self.finals, *filter(None, (self.spelling, self.cost))]
+
     @property
     def rate(self) -> float:
         """The best rate tried; the first guess where none was."""

@@ -46,7 +46,6 @@ def _figure(each: Compared, reference_memory: float | None) -> dict[str, Any]:
     memory = _mean(each, "memory_bytes")
     spelling = each.spelling.result if each.spelling else None
     cost = each.cost.result if each.cost else None
-    entries = [*each.finals, *filter(None, (each.spelling, each.cost))]
     return {
         "name": each.entrant.name,
         "title": each.entrant.title,
@@ -65,7 +64,7 @@ def _figure(each: Compared, reference_memory: float | None) -> dict[str, Any]:
         "time_spread": [cost["lowest"], cost["highest"]] if cost else None,
         "memory_ratio": memory / reference_memory if memory and reference_memory else None,
         "export": export,
-        "failures": [entry.failed for entry in entries if entry.failed] + _crash(export),
+        "failures": [entry.failed for entry in each.entries() if entry.failed] + _crash(export),
     }
 
 
@@ -125,6 +124,8 @@ def markdown(report: Mapping[str, Any]) -> str:
         lines.append(
             "* A sample: few rows, one seed, no search for rates. It shows that all of this runs, not who wins."
         )
+    if sources := report.get("sources"):
+        lines.append(f"* Made with: {'; '.join(sources)}.")
     if report["missing"]:
         lines.append(f"* Not measured yet: {', '.join(report['missing'])}.")
     return "\n".join(lines)

@@ -124,7 +124,7 @@ class Trial:
             "threads": self.threads,
             "keys": [*self.entrant.overrides, *self.shared],
             "rows": sha256_file(train)[:16],
-            "recipe": sha256_file(self.recipe)[:16],
+            "recipe": _recipe_digest(self.recipe),
         }
 
 
@@ -135,6 +135,13 @@ def without_adapter(recipe: Path, work: Path) -> Path:
     for key in ("train", "eval"):
         settings["data"][key] = [str(recipe.parent / path) for path in settings["data"][key]]
     return _written(work / "recipes" / recipe.name, yaml.safe_dump(settings, sort_keys=False))
+
+
+def _recipe_digest(recipe: Path) -> str:
+    """Of what a recipe says, wherever its rows lie, which have a digest of their own."""
+    settings = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    settings["data"] |= {key: [Path(path).name for path in settings["data"][key]] for key in ("train", "eval")}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def search_files(scale: Scale, work: Path) -> tuple[Path, Path]:

@@ -140,6 +140,39 @@ def test_an_interrupted_comparison_goes_on_where_it_was(runs: Runs, tmp_path: Pa
     assert len(again) == len(first) + len(runs.asked)
 
 
+def test_another_checkout_goes_on_from_what_was_kept(runs: Runs, tmp_path: Path) -> None:
+    """Wherever it lies; and the table says what its runs were made with."""
+    kept = tmp_path / "kept.jsonl"
+
+    def ledger(name: str, **options: Any) -> Ledger:
+        return Ledger(tmp_path / name / "ledger.jsonl", kept=kept, **options)
+
+    def compare(ledger: Ledger, *names: str) -> Any:
+        work = ledger.path.parent
+        return Sweep(ledger, SMALL, threads=1, limit_s=60, say=lambda text: None, work=work).compare(names, ["final"])
+
+    compare(one := ledger("one"), "lora")
+    assert one.keep(SMALL.name) == 2 and one.keep("another") == 0 and one.keep(SMALL.name) == 2
+    runs.asked.clear()
+    compare(other := ledger("other"), "lora", "dora")
+    assert {name.split("-")[1] for name in runs.asked} == {"dora"} and len(other.path.read_text().splitlines()) == 2
+    lines = [json.loads(line) for line in kept.read_text().splitlines()]
+    assert str(tmp_path) not in kept.read_text() and all("torch" in line["machine"] for line in lines)
+    kept.write_text("".join(json.dumps({**line, "code": "older", "machine": "a card"}) + "\n" for line in lines))
+    mixed = ledger("other", any_code=True)
+    compared = compare(mixed, "lora", "dora")
+    found = mixed.sources(entry for each in compared for entry in each.entries())
+    assert "a card" in found and found[-1] == "2 states of the code" and len(found) == 3
+    report = {"rows": figures(compared), "sample": False, "missing": [], "sources": found}
+    assert f"* Made with: {'; '.join(found)}." in markdown(report)
+    assert compare(ledger("other"), "lora")[0].finals[0].machine != "a card", "of another code: made again"
+
+
+def test_why_a_run_failed_names_no_folder_of_this_machine(tmp_path: Path) -> None:
+    entry = Ledger(tmp_path / "ledger.jsonl").add({}, failed=f"refused: {RECIPES / 'x.yaml'}: no")
+    assert entry.failed == "refused: recipes/x.yaml: no"
+
+
 def test_runs_of_other_code_count_only_when_asked_for(runs: Runs, tmp_path: Path) -> None:
     sweep_in(tmp_path).compare(["lora"], ["final"])
     ledger = tmp_path / "ledger.jsonl"
