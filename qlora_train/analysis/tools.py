@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from qlora_train.adapters.arithmetic import concatenated, delta_svd, folded, inner_product, norm
-from qlora_train.adapters.fold import Delta
-from qlora_train.adapters.state import MAX_RANK, WEIGHTS, read_adapter_tensors
+from qlora_train.adapters.fold import Delta, Update
+from qlora_train.adapters.forms.mole import MixtureForm
+from qlora_train.adapters.state import MAX_RANK, WEIGHTS, read_adapter_tensors, split_name
 from qlora_train.adapters.updates import VocabularyRows
 from qlora_train.analysis.compress import Ask, ResizedModule, resized
 from qlora_train.analysis.folder import (
@@ -40,7 +41,7 @@ class ModuleInfo:
     scaling: float
     lora_A_norm: float | None  # None where the method has no such factor
     lora_B_norm: float | None
-    spectrum: Spectrum | None  # None where the update is no product of two factors (DoRA)
+    spectrum: Spectrum | None  # None where the update is no product of two factors (DoRA, MoLE)
 
 
 @dataclass(frozen=True)
@@ -61,12 +62,13 @@ class AdapterInfo:
     made: dict[str, Any] | None  # how one of these tools made it
     modules: tuple[ModuleInfo, ...]
     token_rows: dict[str, int]  # trained rows of new tokens, by table
+    num_experts: int  # that a router weighs for each token; 0 where there is none
 
 
 def describe_adapter(path: Path) -> AdapterInfo:
     """Method, rank, scaling, targets, norms and effective ranks of an adapter, and what it belongs to."""
     opened = open_adapter(path)
-    found, tensors = opened.updates(), read_adapter_tensors(opened.folder)
+    found, tensors = _updates_of(opened), read_adapter_tensors(opened.folder)
     tables = {name: len(update.ids) for name, update in found.items() if isinstance(update, VocabularyRows)}
     updates = {module: update for module, update in found.items() if module not in tables}
     deltas = {module: update for module, update in updates.items() if isinstance(update, Delta)}
@@ -103,7 +105,15 @@ def describe_adapter(path: Path) -> AdapterInfo:
         made=manifest.get("made"),
         modules=tuple(modules),
         token_rows=tables,
+        num_experts=form.num_experts if isinstance(form := opened.config.form, MixtureForm) else 0,
     )
+
+
+def _updates_of(opened: OpenedAdapter) -> dict[str, Update | None]:
+    """By module; None throughout where the input decides what an adapter does, so that no update stands for it."""
+    if opened.method.merges != "none":
+        return {**opened.updates()}
+    return dict.fromkeys(split_name(name)[0].removeprefix(PEFT_PREFIX) for name in read_adapter_tensors(opened.folder))
 
 
 @dataclass(frozen=True)

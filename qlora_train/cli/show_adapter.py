@@ -29,6 +29,8 @@ def info(result: AdapterInfo, *, every_module: bool) -> None:
     say(f"{result.method}: {rank}, alpha = {result.alpha:g}, {scaling}")
     names = dict.fromkeys(name_of(module.module) for module in result.modules)
     say(f"on {', '.join(names)}: {len(result.modules)} modules")
+    if result.num_experts:
+        say(f"{result.num_experts} experts of r = {ranks[-1] // result.num_experts}, weighed anew for each token")
     for module, count in result.token_rows.items():
         say(f"and {count} rows of new tokens in {module}")
     size = f"{result.num_params:,} parameters in {', '.join(result.dtypes)}, {result.num_bytes / 2**20:,.1f} MiB"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -16,7 +17,9 @@ from qlora_train.adapters.forms.mole import GATE, TAU, MixtureForm
 from qlora_train.adapters.layers import lora_layers
 from qlora_train.adapters.schedules import Balance
 from qlora_train.adapters.state import load_adapter_config, save_adapter
+from qlora_train.analysis.folder import open_adapter
 from qlora_train.errors import ModelError
+from tests.commandline import run_cli
 from tests.loading import tiny_base
 from tests.methods.cases import IDS, Case, build, section_of
 
@@ -180,3 +183,16 @@ def test_the_gate_learns_which_expert_a_token_belongs_to(case: Case) -> None:
         optimizer.step()
     shares = [float(form(case).gates(tensors, x)[:, index].mean()) for index, x in enumerate(xs)]
     assert min(shares) > 0.9, "chance is one half"
+
+
+def test_info_tells_of_the_experts_and_of_no_update(case: Case, tmp_path: Path) -> None:
+    save_adapter(case.model, tmp_path)
+    outcome = run_cli("adapter", "info", tmp_path, "--json")
+    assert outcome.code == 0, outcome.err
+    found = json.loads(outcome.out)
+    assert found["method"] == "mole" and found["num_experts"] == 2 and len(found["modules"]) == 7
+    assert all(module["spectrum"] is None and module["lora_B_norm"] > 0 for module in found["modules"])
+    shown = run_cli("adapter", "info", tmp_path).out
+    assert f"2 experts of r = {found['r'] // 2}, weighed anew for each token" in shown
+    with pytest.raises(ModelError, match="neither merged nor folded"):
+        open_adapter(tmp_path).updates()
