@@ -1,4 +1,4 @@
-"""Each adapted layer by itself: what it made of some tokens when trained, and what its merged weight makes of them.
+"""Each adapted or quantised layer by itself: what it made of some tokens in training, and what its merged weight makes.
 
 A fault in one of hundreds of layers can hide in the mean over tokens; here it stands alone, with its name.
 """
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from qlora_train.adapters.layers import lora_layers
-from qlora_train.adapters.updates import Update, VocabularyRows
 from qlora_train.model.low_rank import low_rank_layers
+from qlora_train.quant.bnb import linear4bit_modules
 from qlora_train.quant.fingerprint import base_parameter_name
 
 NUM_TOKENS = 8
@@ -43,13 +43,14 @@ class Deviation:
 
 @contextmanager
 def probing(model: nn.Module) -> Iterator[dict[str, Probe]]:
-    """Within the block, the first call of every adapted layer is noted, by its weight's name in the merged model.
+    """Within the block, the first call of every adapted or 4-bit layer is noted, by its weight's name when merged.
 
     A layer in two factors is one there, and always noted: its weight is a product, adapted or not.
     """
     found: dict[str, Probe] = {}
-    in_two = dict(low_rank_layers(model))
-    layers = {n: layer for n, layer in lora_layers(model).items() if n.rpartition(".")[0] not in in_two} | in_two
+    in_two, adapted = dict(low_rank_layers(model)), lora_layers(model)
+    single = {name: layer for name, layer in linear4bit_modules(model) if name.rpartition(".")[0] not in adapted}
+    layers = {n: layer for n, layer in (single | adapted).items() if n.rpartition(".")[0] not in in_two} | in_two
     handles = [
         layer.register_forward_hook(_noting(found, str(base_parameter_name(f"{name}.weight"))))
         for name, layer in layers.items()
@@ -76,7 +77,7 @@ def deviations(
     has: Callable[[str], bool],
     export_dtype: torch.dtype,
 ) -> list[Deviation]:
-    """One for every linear layer that is adapted in the trained model, worst first.
+    """One for every linear layer that is adapted or quantised in the trained model, worst first.
 
     `value` reads a merged tensor in float32 by the base's name, `has` finds one.
 
@@ -84,7 +85,7 @@ def deviations(
 
     Rounding to the nearest leaves an error that is even over one unit in the last place (ulp), of variance ulp^2 / 12
     and independent from weight to weight, so a right merge gives 1 within some percent, whatever the input's channels.
-    Memory: the weight in float32, and blocks of its rows. Reads every adapted weight once.
+    Memory: the weight in float32, and blocks of its rows. Reads every such weight once.
     """
     found = []
     for name, probe in probes.items():
@@ -94,27 +95,10 @@ def deviations(
             off_NO += value(bias).cpu()
         squares_I = probe.x_NI.square().sum(0)
         parts = weight_OI.split(ROWS_AT_A_TIME)
-        rounding = sum(float((_ulp(part, export_dtype).square() @ squares_I).sum()) / 12 for part in parts)
+        rounding = sum(float((ulp(part, export_dtype).square() @ squares_I).sum()) / 12 for part in parts)
         sums = (SUM_ERROR * float(weight_OI.norm())) ** 2 * float(squares_I.mean())
         found.append(Deviation(name, float(off_NO.norm()) / max((rounding + sums) ** 0.5, 1e-30)))
     return sorted(found, key=lambda deviation: -deviation.ratio)
-
-
-def row_deviations(
-    updates: Mapping[str, Update], rows: Callable[[str, int, int], Tensor], export_dtype: torch.dtype
-) -> list[Deviation]:
-    """How far the written rows of new tokens are from the trained ones, over what rounding them explains: by table.
-
-    `rows` reads some rows of a merged tensor in float32 by the base's name. As in `deviations`, a right merge gives 1.
-    """
-    found = []
-    for name, update in updates.items():
-        if isinstance(update, VocabularyRows):
-            trained_RH = update.rows.float()
-            written_RH = torch.cat([rows(name, number, number + 1) for number in update.ids]).float().cpu()
-            rounding = float(_ulp(trained_RH, export_dtype).square().sum() / 12) ** 0.5
-            found.append(Deviation(name, float((written_RH - trained_RH).norm()) / max(rounding, 1e-30)))
-    return found
 
 
 def recheck(
@@ -127,7 +111,7 @@ def recheck(
     the ratio is over the output of those roundings; where one is not, the suspect stays as it is.
     """
     rounding_OI = written_OI - exact_OI
-    if bool((rounding_OI.abs() > 0.51 * _ulp(exact_OI, dtype) + torch.finfo(torch.float32).tiny).any()):
+    if bool((rounding_OI.abs() > 0.51 * ulp(exact_OI, dtype) + torch.finfo(torch.float32).tiny).any()):
         return suspect
     off_NO = probe.x_NI @ written_OI.T - probe.y_NO + (0 if bias_O is None else bias_O)
     sums = SUM_ERROR * float(written_OI.norm()) * float(probe.x_NI.square().sum(0).mean()) ** 0.5
@@ -135,10 +119,10 @@ def recheck(
     return Deviation(suspect.name, float(off_NO.norm()) / max((rounded**2 + sums**2) ** 0.5, 1e-30))
 
 
-def _ulp(values: Tensor, dtype: torch.dtype) -> Tensor:
+def ulp(values: Tensor, dtype: torch.dtype) -> Tensor:
     """The distance of neighbouring numbers of a dtype at each value; none at zero, which nothing was rounded to.
 
-    >>> _ulp(torch.tensor([1.0, -1.5, 2.0, 0.0]), torch.bfloat16).tolist()
+    >>> ulp(torch.tensor([1.0, -1.5, 2.0, 0.0]), torch.bfloat16).tolist()
     [0.0078125, 0.0078125, 0.015625, 0.0]
     """
     info = torch.finfo(dtype)

@@ -21,16 +21,17 @@ from transformers import AutoModelForCausalLM
 from qlora_train.adapters.attach import load_adapter
 from qlora_train.adapters.fold import read_updates
 from qlora_train.adapters.inits.residual import untrained
-from qlora_train.adapters.updates import Delta, VocabularyRows
+from qlora_train.adapters.updates import Delta, Update, VocabularyRows
 from qlora_train.data.loader import MicroBatch, eval_batches
 from qlora_train.data.split import Split
 from qlora_train.errors import ModelError, is_out_of_memory
 from qlora_train.evaluate.compare import Distance, Observed, distance, observe
 from qlora_train.evaluate.tasks import Answer, Question, answer
 from qlora_train.export.base import BaseReader, as_float32
+from qlora_train.export.copied import worst_copy
 from qlora_train.export.layers import FolderWeights, TrainedWeights, Weights, observe_in_layers
 from qlora_train.export.merge import Merged
-from qlora_train.export.probe import Deviation, Probe, deviations, probing, recheck, row_deviations
+from qlora_train.export.probe import Deviation, Probe, deviations, probing, recheck
 from qlora_train.export.tensors import MergedTensors, Onto
 from qlora_train.memory.available import available_bytes
 from qlora_train.model.causal import CausalModel
@@ -218,21 +219,23 @@ def worst_layer(
     dtype: torch.dtype,
     onto: Onto = "dequantized",
 ) -> Deviation | None:
-    """Of all adapted layers the one whose output is furthest from the trained layer's, over what rounding explains.
+    """Of all layers the one whose output is furthest from the trained layer's, over what rounding explains.
 
     `weights` are the written tensors by the base's names, `has` finds one; `dtype` is what they were rounded to. Where
-    a layer exceeds the limit, its weight is merged once more and its roundings are taken as they are. A table counts
-    with the rows of its new tokens. `onto`: what they were merged onto.
+    a layer exceeds the limit, its weight is merged once more and its roundings are taken as they are. Tensors that are
+    copied count with the value that is furthest off (export/copied.py). `onto`: what they were merged onto.
     """
 
     def value(name: str) -> Tensor:
         return weights.value(name).float()
 
-    probes = reference.probes if onto == "dequantized" else _on_original(run, reference.probes)
-    tables = row_deviations(read_updates(run.run_dir.adapter), weights.rows, dtype)
+    base, updates = BaseReader(run, run.source()), read_updates(run.run_dir.adapter)
+    probes = reference.probes if onto == "dequantized" else _on_original(base, updates, reference.probes)
+    copied = worst_copy(base, updates, weights, has, dtype, original=onto == "original")
+    copies = [] if copied is None else [copied]
     found = deviations(probes, value, has, dtype)
     if not found or found[0].ratio <= MAX_DEVIATION:
-        return max([*found[:1], *tables], key=lambda deviation: deviation.ratio, default=None)
+        return max([*found[:1], *copies], key=lambda deviation: deviation.ratio, default=None)
     tensors = MergedTensors(run, run.source(), onto)
     stored = tensors.stored_names
     certain = []
@@ -243,18 +246,17 @@ def worst_layer(
             exact_OI = tensors.exact(stored[each.name]).float().cpu()
             each = recheck(each, probes[each.name], value(each.name).cpu(), exact_OI, bias_O, dtype)
         certain.append(each)
-    return max([*certain, *tables], key=lambda deviation: deviation.ratio)
+    return max([*certain, *copies], key=lambda deviation: deviation.ratio)
 
 
-def _on_original(run: FinishedRun, probes: Mapping[str, Probe]) -> dict[str, Probe]:
+def _on_original(base: BaseReader, updates: Mapping[str, Update], probes: Mapping[str, Probe]) -> dict[str, Probe]:
     """What trained layers would put out on the original weights: y + x (W - W4)^T, for updates that are only added.
 
-    Quantises every adapted weight once more. Memory: two weights in float32.
+    Quantises every such weight once more. Memory: two weights in float32.
     """
-    base, updates = BaseReader(run, run.source()), read_updates(run.run_dir.adapter)
     moved = {}
     for name, probe in probes.items():
-        if isinstance(updates.get(name), Delta):
+        if name in base.stored and isinstance(updates.get(name), Delta | None):
             original = base.original(name)
             change_OI = base.started(name, original).float() - as_float32(base.as_trained(name, original))
             moved[name] = Probe(probe.x_NI, probe.y_NO + probe.x_NI @ change_OI.cpu().T)

@@ -138,10 +138,9 @@ class GgufModel:
         return self._layout.to_model(parameter, stored) - self._layout.shift(parameter)
 
     def rows(self, parameter: str, start: int, stop: int) -> Tensor:
-        """Rows of an embedding or a head, which lie there as in transformers: no others are dequantised."""
+        """Some rows. Those of an embedding or a head lie there as in transformers: no others are dequantised."""
         name = self._layout.name(parameter)
-        assert name in VOCABULARIES, name
-        return self._stored(name, slice(start, stop))
+        return self._stored(name, slice(start, stop)) if name in VOCABULARIES else self[parameter][start:stop]
 
     def unequal(self, digests: Mapping[str, str]) -> list[str]:
         """Parameters that are not to the bit what was to be written, and tensors that belong to none."""

@@ -32,7 +32,7 @@ class GgufWeights:
         return self.model[name]
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Of an embedding or a head."""
+        """Of any tensor; of an embedding or a head no others are dequantised."""
         return self.model.rows(name, start, stop)
 
 

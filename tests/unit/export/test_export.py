@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file
+from torch import Tensor
 
 from qlora_train.export import run as run_module
 from qlora_train.export import tensors as tensors_module
 from qlora_train.export.safetensors_writer import write_shard
+from qlora_train.export.tensors import MergedTensors
 from qlora_train.export.unfinished import FinishedShards, shards_folder
 from tests.commandline import Outcome, run_cli
 
@@ -187,6 +190,38 @@ def test_planted_faults_are_caught(
         assert outcome.code == 4 and "is not the trained one" in outcome.err and not folder.exists()
         assert "by itself is off by" in outcome.err and "model.layers." in outcome.err
         assert sorted(path.name for path in run.parent.iterdir()) == ["run"]
+
+
+def _swap_two_rows(table: Tensor) -> None:
+    table[[7, 299]] = table[[299, 7]].clone()  # of tokens that no row of the comparison need hold
+
+
+def _scale_one_value(norm: Tensor) -> None:
+    norm[5] *= 1.02
+
+
+COPIED_FAULTS: dict[str, Callable[[Tensor], None]] = {
+    "model.embed_tokens.weight": _swap_two_rows,
+    "model.layers.1.input_layernorm.weight": _scale_one_value,
+}
+
+
+@pytest.mark.parametrize("how", ["whole", pytest.param("layers", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", COPIED_FAULTS)
+def test_one_wrong_value_of_a_tensor_that_is_only_copied_is_caught(
+    name: str, how: str, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = MergedTensors.exact
+
+    def spoilt(self: MergedTensors, stored: str, *arguments: Any) -> Tensor:
+        exact = real(self, stored, *arguments).clone()
+        if stored == name:
+            COPIED_FAULTS[name](exact)
+        return exact
+
+    monkeypatch.setattr(MergedTensors, "exact", spoilt)
+    outcome, folder = export(run, "x", "export.verify_rows=1", f"export.verify={how}", "export.max_kl_frac=0.99")
+    assert outcome.code == 4 and f"{name} by itself is off by" in outcome.err and not folder.exists(), outcome
 
 
 @pytest.mark.slow

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from qlora_train.export.probe import Deviation, Probe, deviations, probing, recheck
+from qlora_train.quant.bnb import dequantize
 from tests.adapted import adapted_model
+from tests.loading import tiny_base, with_adapter
 
 NAMES = ("a.weight", "b.weight", "c.weight")
 
@@ -73,6 +76,20 @@ def test_the_first_call_of_every_adapted_layer_is_noted() -> None:
     with torch.no_grad(), probing(model) as after:
         pass
     assert after == {} and not any(layer._forward_hooks for layer in model.modules())
+
+
+def test_a_4_bit_layer_without_an_adapter_is_noted_too(tiny_llama_dir: Path) -> None:
+    """Its dequantised weight is in the merged model, and could be another."""
+    model = with_adapter(tiny_base(tiny_llama_dir), target_modules=("q_proj",)).eval()
+    with torch.no_grad(), probing(model) as found:
+        model(input_ids=torch.arange(3, 20)[None, :])
+    assert len(found) == 14
+    name = "model.layers.1.mlp.up_proj.weight"
+    layer = model.get_submodule(f"base_model.model.{name.removesuffix('.weight')}")
+    weight = dequantize(layer.weight)
+    (sound,) = deviations({name: found[name]}, lambda _: weight, lambda _: False, torch.float32)
+    (spoilt,) = deviations({name: found[name]}, lambda _: weight * 1.01, lambda _: False, torch.float32)
+    assert sound.ratio < 1 < 3 < spoilt.ratio
 
 
 def coherent() -> tuple[Probe, torch.Tensor, torch.Tensor]:
