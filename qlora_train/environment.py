@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ def environment() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cpu_features": {
             name: value
@@ -68,3 +70,23 @@ def environment() -> dict[str, Any]:
         "versions": versions(),
         "code_sha256": code_sha256(),
     }
+
+
+def _cpu_name() -> str:
+    """As the processor calls itself: libraries choose their code, and with it the order of sums, by its maker too."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.processor()
+
+
+def processor_text(found: Mapping[str, Any]) -> str:
+    """The processor of an `environment()`, in brief.
+
+    >>> processor_text({"cpu": "A CPU", "cpu_count": 2, "cpu_capability": "AVX512", "cpu_features": {"amx_bf16": True}})
+    '2 cores of A CPU (AVX512, AMX)'
+    """
+    units = ", AMX" if found.get("cpu_features", {}).get("amx_bf16") else ""
+    return f"{found['cpu_count']} cores of {found.get('cpu') or 'a CPU'} ({found['cpu_capability']}{units})"

@@ -21,7 +21,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 from proofs.common import Bar
 
-from qlora_train.environment import environment
+from qlora_train.environment import environment, processor_text
 
 PROOFS = Path(__file__).resolve().parent / "proofs"
 
@@ -56,10 +56,7 @@ def main() -> int:
     machine["versions"]["trl"] = importlib.metadata.version("trl")
     libraries = ("torch", "transformers", "bitsandbytes", "peft", "trl")
     versions = ", ".join(f"{name} {machine['versions'][name]}" for name in libraries)
-    print(
-        f"\n{wall_s:,.0f} s on {machine['cpu_count']} cores ({machine['cpu_capability']}), "
-        f"Python {machine['python']}, {versions}"
-    )
+    print(f"\n{wall_s:,.0f} s on {processor_text(machine)}, Python {machine['python']}, {versions}")
     if arguments.json:
         report = {"what": arguments.what, "full": arguments.full, "wall_s": wall_s, "machine": machine}
         figures = [{**asdict(bar), "ok": bar.ok} for bar in bars]

@@ -16,6 +16,8 @@ from typing import Any
 from comparing.pages import comparison, quantisation, theory
 from methods_table import methods_table
 
+from qlora_train.environment import processor_text
+
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = (ROOT / "README.md", ROOT / "recipes" / "README.md", ROOT / "recipes" / "methods" / "README.md")
 FIGURES = ROOT / "tools" / "figures"
@@ -90,8 +92,7 @@ def machine(report: dict[str, Any]) -> str:
     found = report["machine"]
     names = ("torch", "transformers", "bitsandbytes", "peft", "trl", "accelerate", "tokenizers", "pyarrow")
     versions = ", ".join(f"{name} {found['versions'][name]}" for name in names if name in found["versions"])
-    cores = f"{found['cpu_count']} CPU cores ({found['cpu_capability']})"
-    return f"{cores}, no GPU, Python {found['python']}; {versions}"
+    return f"{processor_text(found)}, no GPU, Python {found['python']}; {versions}"
 
 
 def figures_of(recipe: str) -> dict[str, float]:

@@ -33,7 +33,8 @@ SPLIT = ("train.micro_batch_size", "train.grad_accum_steps")
 _ALLOWED_OF_ADAPTER = ("adapter.alpha", "adapter.dropout")
 _FIX = "restore what has changed, or start a new run in another run.dir"
 # Of what a machine computes with: its rounding may differ where one of these does.
-_ENVIRONMENT = ("device", "threads", "cpu_capability", "cuda", "cuda_devices", "layers_compiled", "python", "system")
+_PROCESSOR = ("threads", "cpu", "cpu_capability")
+_ENVIRONMENT = ("device", *_PROCESSOR, "cuda", "cuda_devices", "layers_compiled", "python", "system")
 _MAPPINGS = ("versions", "cpu_features")
 NO_ORIGINS: Mapping[str, str] = {}
 _CODE = {"versions.qlora-train", "code_sha256"}

@@ -36,11 +36,10 @@ def code_digest() -> str:
 @cache
 def machine_words() -> str:
     """What a run was made on, in brief."""
-    from qlora_train.environment import environment
+    from qlora_train.environment import environment, processor_text
 
     found = environment()
-    names = [device["name"] for device in found["cuda_devices"]] or [f"{found['cpu_capability']} CPU"]
-    return f"{', '.join(names)}, torch {found['versions']['torch']}"
+    return f"{', '.join(found['cuda_devices']) or processor_text(found)}, torch {found['versions']['torch']}"
 
 
 @dataclass(frozen=True)

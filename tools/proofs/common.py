@@ -93,7 +93,7 @@ def earlier(folder: Path, recipe: Path) -> dict[str, Any] | None:
     try:
         result: dict[str, Any] = json.loads(run.summary.read_text(encoding="utf-8"))
         then, now = json.loads(run.environment.read_text(encoding="utf-8")), environment()
-        if any(then[key] != now[key] for key in ("code_sha256", "versions", "cpu_capability")):
+        if any(then.get(key) != now[key] for key in ("code_sha256", "versions", "cpu", "cpu_capability")):
             return None  # what other code wrote may be laid out otherwise
         wanted = load_recipe(recipe, [f"run.dir={folder}"]).recipe
         files = json.loads(run.data.read_text(encoding="utf-8"))["files"]

@@ -151,6 +151,8 @@ def test_of_a_machine_what_computes_is_compared() -> None:
     assert environment_changes(then, {**then, "cpu_count": 64}) == [], "cores that are not used"
     assert environment_changes({}, then) == [], "a checkpoint that does not say"
     assert environment_changes(then, {**then, "cpu_features": {"amx_bf16": True}}) == [], "nor this one, of this"
+    (moved,) = environment_changes({**then, "cpu": "one maker's"}, {**then, "cpu": "another's"})
+    assert (moved.key, moved.old, moved.new) == ("cpu", "one maker's", "another's")
     lost = environment_changes({**then, "cpu_features": {"avx2": True}}, {**then, "cpu_features": {}})
     assert [(change.key, change.old, change.new) for change in lost] == [("cpu_features.avx2", True, None)]
     now = {**then, "threads": 4, "device": "cuda", "versions": {"torch": "2.16.0", "peft": "1"}, "code_sha256": "b"}
