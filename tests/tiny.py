@@ -103,3 +103,11 @@ def _save(config: Any, folder: Path, seed: int) -> Path:
     model.to(torch.bfloat16).save_pretrained(folder)
     build_tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+def build_tiny_gemma2(folder: Path, *, seed: int = 0) -> Path:
+    """A random Gemma2ForCausalLM: capped scores and logits, alternating windows; transformers has no sdpa for it."""
+    from transformers import Gemma2Config
+
+    sizes = {**SIZES, "max_position_embeddings": 1024}
+    return _save(Gemma2Config(**sizes, num_key_value_heads=2, head_dim=32, sliding_window=16), folder, seed)

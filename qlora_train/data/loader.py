@@ -35,6 +35,8 @@ class MicroBatch:
     row_starts: tuple[int, ...] | None = None  # of packed rows: line * T + offset in the line
     position_ids: torch.Tensor | None = None  # (B, T) int64, where packed: from 0 in each row
     weights: torch.Tensor | None = None  # (B, T) float32, of each label in the loss; None: all 1
+    # Lines and places in labels[:, 1:] of the supervised tokens; None until `to` finds them where the labels are.
+    supervised: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -47,7 +49,12 @@ class MicroBatch:
         return float(self.num_supervised_tokens) if self.weights is None else float(self.weights.double().sum())
 
     def to(self, device: torch.device | str) -> MicroBatch:
-        """The same micro-batch with its tensors on `device`."""
+        """The same micro-batch with its tensors on `device`.
+
+        The supervised places are found on the host first: looking for them on a card would wait for all that it has
+        to do.
+        """
+        lines, places = self.supervised or (self.labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
 
         def moved(tensor: torch.Tensor | None) -> torch.Tensor | None:
             return None if tensor is None else tensor.to(device, non_blocking=True)
@@ -58,6 +65,7 @@ class MicroBatch:
             labels=self.labels.to(device, non_blocking=True),
             position_ids=moved(self.position_ids),
             weights=moved(self.weights),
+            supervised=(lines.to(device, non_blocking=True), places.to(device, non_blocking=True)),
         )
 
 
@@ -257,7 +265,7 @@ def _with_supervised(batch: MicroBatch, count: int) -> MicroBatch:
     if weights is not None:
         weights.view(-1)[more] = 1.0
     num_supervised_tokens = batch.num_supervised_tokens + len(more)
-    return replace(batch, labels=labels, weights=weights, num_supervised_tokens=num_supervised_tokens)
+    return replace(batch, labels=labels, weights=weights, num_supervised_tokens=num_supervised_tokens, supervised=None)
 
 
 def _line_stops(batch: MicroBatch) -> list[int]:

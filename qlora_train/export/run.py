@@ -230,6 +230,8 @@ def memory_advice(run: FinishedRun, where: str, *, saved: str = "nothing was pub
         if run.recipe.export.verify_rows > 1:
             fewer = f"export.verify_rows={run.recipe.export.verify_rows // 2}"
             options.insert(0, Option(fewer, "the hidden states of half as many rows are held"))
+        if run.recipe.eval.batch_size > 1:
+            options.insert(0, Option("eval.batch_size=1", "one row is computed at a time"))
         if how_to_verify(run) == "whole":
             options.insert(0, Option("export.verify=layers", "one layer is held at a time, and no whole model"))
         exhaustion = Exhaustion.of(error, where, "export", resolve_device(run.recipe.model.device))

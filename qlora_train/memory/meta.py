@@ -42,7 +42,7 @@ class ModelStyle:
     adapter: AdapterSection = field(default_factory=AdapterSection)
     quant: QuantSection = field(default_factory=QuantSection)
     compute_dtype: torch.dtype = torch.bfloat16
-    attention: str = ATTENTION_NAME  # name of the implementation that transformers is given
+    attention: str | None = ATTENTION_NAME  # the implementation that transformers is given; None: its own choice
     linear: Literal["fused", "plain", "peft"] = "fused"  # the adapted layers' forward: ours, its twin, PEFT's own
     adapter_dtype: torch.dtype = torch.float32  # of A and B; other than float32 with linear="peft" only
     upcast: Literal["none", "norms", "all"] = "none"  # unquantised parameters held in float32: vectors; all of them

@@ -101,8 +101,8 @@ class CausalModel:
         )
 
     def _supervised(self, batch: MicroBatch) -> Any:
-        """What picks the supervised positions out of (B, T - 1): a mask."""
-        return batch.labels[:, 1:] != IGNORE_INDEX
+        """What picks the supervised positions out of (B, T - 1): their indices, or a mask where they are not known."""
+        return batch.labels[:, 1:] != IGNORE_INDEX if batch.supervised is None else batch.supervised
 
     def hidden(self, batch: MicroBatch) -> Tensor:
         """The decoder's last hidden state (B, T, H); of no meaning where there is padding.

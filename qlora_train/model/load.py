@@ -139,13 +139,25 @@ def memory_advice(first: str = "") -> Iterator[None]:
         raise OutOfMemory(f"out of memory: {first_line(error)}", fix=f"{first}; {plan}" if first else plan) from error
 
 
-def resolve_attention(name: str, device: torch.device, seq_len: int, batching: str) -> str:
-    """The attention that `auto` stands for (measured: README.md, "Speed"). Packs need our own."""
+def resolve_attention(name: str, device: torch.device, seq_len: int, batching: str) -> str | None:
+    """The attention that `auto` stands for (measured: README.md, "Speed"). Packs need our own.
+
+    None leaves it to transformers: sdpa, and eager for the models that it has no sdpa for, such as Gemma 2.
+    """
     if name != "auto":
         return name
     if batching == "packed":
         return ATTENTION_NAME
-    return "eager" if device.type == "cpu" and seq_len <= EAGER_CPU_TOKENS else "sdpa"
+    return "eager" if device.type == "cpu" and seq_len <= EAGER_CPU_TOKENS else None
+
+
+def check_attention(skeleton: Any, name: str) -> None:
+    """ModelError where a recipe asks for an attention that transformers refuses to run a model with."""
+    if name == "sdpa" and not skeleton._supports_sdpa:
+        raise ModelError(
+            f"transformers runs {type(skeleton).__name__} without sdpa, which model.attn_implementation asks for",
+            fix="set model.attn_implementation: auto",
+        )
 
 
 def load_recipe_base(source: Source, recipe: Recipe) -> Base:
@@ -160,7 +172,7 @@ def load_base(
     quant: QuantSection,
     compute_dtype: torch.dtype,
     device: torch.device,
-    attn_implementation: str = "sdpa",
+    attn_implementation: str | None = "sdpa",
 ) -> Base:
     """Load, freeze and fingerprint the base. Each weight is quantised as it arrives: no 16-bit copy exists.
 

@@ -27,7 +27,7 @@ from qlora_train.model.attention import check_packable
 from qlora_train.model.binding import check_start, refuse_other_start
 from qlora_train.model.causal import CausalModel
 from qlora_train.model.files import stored_tensors
-from qlora_train.model.load import Base, add_end_tokens, load_recipe_base, resolve_device
+from qlora_train.model.load import Base, add_end_tokens, check_attention, load_recipe_base, resolve_device
 from qlora_train.model.lord import low_rank_source, planned_config
 from qlora_train.model.low_rank import with_factors
 from qlora_train.model.skeleton import (
@@ -63,7 +63,14 @@ from qlora_train.train.keys import trajectory_keys
 from qlora_train.train.last_steps import LastSteps
 from qlora_train.train.metrics import Reporter
 from qlora_train.train.optim import build_optimizer, check_optimizer
-from qlora_train.train.speed import Speed, check_machine, settle_compiling, settle_memory, settle_speed
+from qlora_train.train.speed import (
+    Speed,
+    check_machine,
+    settle_compiling,
+    settle_memory,
+    settle_speed,
+    spend_spare_memory,
+)
 from qlora_train.train.state import Binding
 
 Check = Callable[[], None]  # raises a UserError
@@ -153,6 +160,7 @@ def _model_checks(recipe: Recipe, config: Any, skeleton: torch.nn.Module, device
         partial(check_resident, recipe.train.resident_layers, config.get_text_config().num_hidden_layers),
         partial(check_length, config, recipe.data.seq_len),
         partial(check_rotary, config, recipe),
+        partial(check_attention, skeleton, recipe.model.attn_implementation),
         partial(check_targets, skeleton, recipe.adapter.target_modules),
         partial(check_widths, skeleton, quant, device),
     ]
@@ -219,10 +227,11 @@ def prepare(
     loader = _loader(recipe, inputs)
     if notice := steps_notice(recipe.train, loader):
         reporter.message(notice)
-    speed = settle_speed(memory, compiling, causal, base.compute_dtype)
+    speed = settle_speed(memory, compiling, causal)
     if is_new:
         batches = probe_batches(recipe, loader)
         start_from_gradients(causal, recipe.adapter, batches, reporter.message, seed=recipe.run.seed)
+    spend_spare_memory(memory, causal, base.compute_dtype)
     # accelerate keeps the first device of a process for ever; a second run of a notebook may want another.
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=base.device.type == "cpu", mixed_precision="no")

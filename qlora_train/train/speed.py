@@ -158,11 +158,15 @@ def _is_slower(choice: Choice, other: Choice, costs: Costs) -> bool:
     return rerun_layers(costs, choice.checkpointing) > rerun_layers(costs, other.checkpointing)
 
 
-def settle_speed(memory: MemoryUse, compiling: Compiling, causal: CausalModel, dtype: torch.dtype) -> Speed:
-    """Put in place what was settled."""
+def settle_speed(memory: MemoryUse, compiling: Compiling, causal: CausalModel) -> Speed:
+    """Put in place what was settled, but for the layers that stay dense."""
     if compiling.on:
         compile_layers(causal.model)
     apply_checkpointing(causal.model, memory.choice.checkpointing)
+    return Speed(memory, compiling)
+
+
+def spend_spare_memory(memory: MemoryUse, causal: CausalModel, dtype: torch.dtype) -> None:
+    """Keep as many layers dense as was settled: last, after whatever needs room of its own before the training."""
     for layer in decoder_layers(causal.model)[: memory.choice.resident_layers]:
         keep_dense(layer, dtype)
-    return Speed(memory, compiling)

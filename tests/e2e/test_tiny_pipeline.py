@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from qlora_train.artifacts.folders import MANIFEST
 from qlora_train.quant.fingerprint import hash_tensors
 from tests.commandline import Outcome, run_cli, write_recipe, write_rows
-from tests.tiny import build_tiny_neox, build_tiny_phi3
+from tests.tiny import build_tiny_gemma2, build_tiny_neox, build_tiny_phi3
 
 
 @pytest.fixture(scope="module")
@@ -339,3 +339,18 @@ def test_a_step_that_the_run_split_itself_is_no_other_recipe(tmp_path: Path, tin
     for arguments in (("eval", run), ("analyze", run), ("export", run, tmp_path / "merged")):
         outcome = run_cli(*arguments)
         assert outcome.code == 0, outcome.err
+
+
+def test_a_model_that_transformers_runs_without_sdpa_trains_unpacked(tmp_path: Path) -> None:
+    """`auto` leaves the attention of long rows to transformers; to ask for sdpa is refused before any loading."""
+    model = build_tiny_gemma2(tmp_path / "model")
+    long = {"data__batching": "length_grouped", "data__seq_len": 768, "train__max_steps": 1, "eval__generate_rows": 0}
+    recipe = write_recipe(tmp_path, model, **long)
+    asked = "model.attn_implementation=sdpa"
+    refused = run_cli("check", recipe, asked)
+    assert refused.code == 4 and "runs Gemma2ForCausalLM without sdpa" in refused.err, refused
+    assert run_cli("plan", recipe).code == 0
+    trained = run_cli("train", recipe)
+    assert trained.code == 0, trained.err
+    exported = run_cli("export", tmp_path / "run", tmp_path / "merged", "export.verify=layers", "export.verify_rows=2")
+    assert exported.code == 0, exported.err
