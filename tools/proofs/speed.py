@@ -15,7 +15,7 @@ from contenders.measure import measure as run_contenders
 
 from proofs.common import ROOT, Bar, tests_pass
 
-SEQ_LEN, LOSS_STEPS, LOSS_TOKENS = 1024, 50, 128
+SEQ_LEN, LOSS_STEPS, LOSS_TOKENS = 1024, 50, 96
 # (contender, bar, aim): how many times as fast as it ours must be, and is meant to become.
 PEERS = (("trl_padded", 3.0, 5.0), ("trl_packed", 2.0, 3.0), ("peft_loop", 1.5, 2.0), ("ours_bf16", 0.9, None))
 LOSS_BAR = 1e-5  # in float32, relative, at any of the steps
