@@ -2,15 +2,17 @@
 
 Directions that adapters share and what they amplify are `qlora-train analyze RUN RUN2`; both are read together in
 recipes/methods/README.md. `rank` and `targets` train a quarter of `shell` for each rate that they try: an hour each on
-two cores; runs are kept in runs/compare/ledger.jsonl and not made again.
+two cores. Their runs are those of compare_methods.py's ledger, with its `--keep`, `--any-code` and `--show`.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -22,7 +24,8 @@ from prove import show
 
 from qlora_train.errors import Interrupted
 
-CLAIMS = ("start", "rank", "targets", "latency", "memory")
+TRAINED = ("rank", "targets")
+CLAIMS = ("start", *TRAINED, "latency", "memory")
 
 
 def main() -> int:
@@ -31,6 +34,10 @@ def main() -> int:
     parser.add_argument("claim", choices=CLAIMS)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--work", type=Path, default=WORK, help="where the ledger and the runs are kept")
+    parser.add_argument("--show", action="store_true", help="rank, targets: make no run, show what there is")
+    parser.add_argument("--any-code", action="store_true", help="rank, targets: take runs of other states of the code")
+    parser.add_argument("--keep", action="store_true", help="rank, targets: keep the runs in the repository")
+    parser.add_argument("--json", type=Path, help="where the figures go; the page reads tools/figures/claim-CLAIM.json")
     parser.add_argument("shared", nargs="*", metavar="KEY=VALUE", help="recipe keys for every run, e.g. model.path=...")
     arguments = parser.parse_intermixed_args()
     started = time.perf_counter()
@@ -40,18 +47,33 @@ def main() -> int:
 
     import torch
     from comparing import claims
-    from comparing.ledger import Ledger
+    from comparing.ledger import KEPT, Ledger, machine_words
     from comparing.sweep import Sweep
 
     torch.set_num_threads(arguments.threads)
-    if arguments.claim in ("rank", "targets"):
-        ledger = Ledger(arguments.work / "ledger.jsonl")
-        work = arguments.work.resolve()
-        sweep = Sweep(ledger, FULL, threads=arguments.threads, limit_s=300, say=say, work=work, shared=arguments.shared)
+    sources = [machine_words()]
+    if arguments.claim in TRAINED:
+        ledger = Ledger(arguments.work / "ledger.jsonl", any_code=arguments.any_code, kept=KEPT)
+        sweep = Sweep(
+            ledger,
+            FULL,
+            threads=arguments.threads,
+            limit_s=300,
+            say=say,
+            make_missing=not arguments.show,
+            work=arguments.work.resolve(),
+            shared=arguments.shared,
+        )
         bars = getattr(claims, arguments.claim)(sweep)
+        sources = ledger.sources(sweep.used)
+        if arguments.keep:
+            print(f"{ledger.keep(FULL.name)} runs are kept in {KEPT.name}")
     else:
         bars = getattr(claims, arguments.claim)(arguments.shared)
     show(bars)
+    if arguments.json:
+        figures = [{**asdict(bar), "ok": bar.ok} for bar in bars]
+        arguments.json.write_text(json.dumps({"figures": figures, "sources": sources}, indent=1) + "\n")
     return 0 if all(bar.ok for bar in bars) else 1
 
 

@@ -127,7 +127,8 @@ def main() -> int:
             "threads": arguments.threads,
             "shared": arguments.shared,
             "machine": environment(),
-            "sources": ledger.sources(entry for each in compared for entry in each.entries()),
+            "sources": ledger.sources(entry for each in compared for entry in each.trained()),
+            "cost_sources": ledger.sources(each.cost for each in compared if each.cost is not None),
             "missing": absent,
             "rows": rows,
         }

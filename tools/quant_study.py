@@ -106,12 +106,13 @@ def measure_training(sample: bool, *, threads: int, shared: Iterable[str] = (), 
     from dataclasses import replace
 
     from comparing.entrants import BF16, REFERENCE, entrants
-    from comparing.ledger import Ledger
+    from comparing.ledger import KEPT, Ledger
     from comparing.sweep import Sweep
     from comparing.trial import FULL, SAMPLE, WORK
 
     scale = replace(SAMPLE, seeds=FULL.seeds) if sample else FULL
-    sweep = Sweep(Ledger(WORK / "ledger.jsonl"), scale, threads=threads, limit_s=600, say=say, shared=tuple(shared))
+    ledger = Ledger(WORK / "ledger.jsonl", kept=KEPT)
+    sweep = Sweep(ledger, scale, threads=threads, limit_s=600, say=say, shared=tuple(shared))
     trained: dict[str, list[float]] = {}
     for base, name in (("nf4", REFERENCE), ("bf16", BF16)):
         entrant = entrants()[name]

@@ -40,26 +40,34 @@ class _Siblings:
 
     def __init__(self, layers: Sequence[Lora4bit | LoraFloat]) -> None:
         self._layers = layers
-        self._made_for: tuple[Tensor, object] | None = None
+        self._made_for: Tensor | None = None
+        self._made_of: tuple[Tensor, ...] = ()
+        self._state: object = None
         self._waiting: dict[nn.Module, Tensor] = {}
 
-    def all_served(self) -> bool:
-        """Whether one function can compute them all. With dropout it cannot: PEFT draws a mask for each layer."""
-        return all(layer.is_served() for layer in self._layers)
+    def forward(self, layer: nn.Module, x: Tensor) -> Tensor | None:
+        """The result of `layer`, which is one of these; None where one function cannot compute them all.
 
-    def forward(self, layer: nn.Module, x: Tensor) -> Tensor:
-        """The result of `layer`, which is one of these."""
-        parts = [tensor for one in self._layers for tensor in one.own_tensors().values()]
-        state = torch.is_grad_enabled(), [content_state(tensor) for tensor in (x, *parts)]
-        fresh = self._made_for is not None and self._made_for[0] is x and self._made_for[1] == state
-        if not fresh or layer not in self._waiting:
-            branches = [one.branch() for one in self._layers]
+        With dropout it cannot: PEFT draws a mask for each layer.
+        """
+        fresh = self._made_for is x and layer in self._waiting and self._state == self._state_of(x)
+        if not fresh:
+            if not all(one.is_served() for one in self._layers):
+                return None
+            branches, self._made_of = [one.branch() for one in self._layers], self._tensors()
             self._waiting = dict(zip(self._layers, lora_linear(x, branches), strict=True))
-            self._made_for = (x, state)
+            self._made_for, self._state = x, self._state_of(x)
         result = self._waiting.pop(layer)
         if not self._waiting:
             self._made_for = None  # nothing may keep activations alive
         return result
+
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return tuple(tensor for layer in self._layers for tensor in layer.own_tensors().values())
+
+    def _state_of(self, x: Tensor) -> object:
+        """Another one when what was computed does not hold any more."""
+        return torch.is_grad_enabled(), [content_state(tensor) for tensor in (x, *self._made_of)]
 
 
 class _OwnForward:
@@ -133,8 +141,8 @@ class _OwnForward:
         """Base and adapter's branch, by the fused function or its twin."""
         layer: Any = self
         if self.frozen is not None and not _few_on_cuda(x):
-            if self.siblings is not None and self.siblings.all_served():
-                return self.siblings.forward(layer, x)
+            if self.siblings is not None and (found := self.siblings.forward(layer, x)) is not None:
+                return found
             return lora_linear(x, [self.branch()], self.dropout_now())[0]
         weight_A, weight_B = form.factors(self.own_tensors())
         dropped: Tensor = layer.lora_dropout[name](x)

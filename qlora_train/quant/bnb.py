@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import bitsandbytes as bnb
 import torch
 from bitsandbytes.cextension import lib as native
 from bitsandbytes.functional import QuantState
@@ -195,7 +194,11 @@ def _absmax(weight: Params4bit) -> Tensor:
     state = weight.quant_state
     if not state.nested:
         return state.absmax.to(torch.float32)
-    return (bnb.functional.dequantize_blockwise(state.absmax, state.state2) + state.offset).to(torch.float32)
+    inner = state.state2  # what bitsandbytes' own function calls, without its half a dozen looks at the arguments
+    found = torch.ops.bitsandbytes.dequantize_blockwise.default(
+        state.absmax, inner.absmax, inner.code, inner.blocksize, torch.float32
+    )
+    return found.add_(state.offset)
 
 
 def _into_by_copy(codes: Tensor, absmax: Tensor, block_size: int, quant_type: str, out: Tensor) -> None:

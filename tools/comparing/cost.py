@@ -57,6 +57,7 @@ class Side:
 
         job = self._job
         batches = job.loader.step(number)
+        _wait(job.accelerator.device)
         started = time.perf_counter()
         train_step(
             job.causal,
@@ -69,7 +70,16 @@ class Side:
             max_grad_norm=job.recipe.train.max_grad_norm,
             hooks=job.hooks,
         )
+        _wait(job.accelerator.device)
         return time.perf_counter() - started
+
+
+def _wait(device: Any) -> None:
+    """Until a card has done what it was given."""
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(device)
 
 
 def measure_cost(side: Side, reference: Side, *, num_turns: int = TIMED_STEPS) -> Cost:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from comparing.table import markdown
+from qlora_train.environment import processor_text
 
 FIGURES = Path(__file__).resolve().parents[1] / "figures"
 PYTHON = ".venv/bin/python"
@@ -87,10 +88,14 @@ def comparison(path: Path = FIGURES / "compare.json") -> str:
 
 
 def theory(path: Path = FIGURES / "methods.json") -> str:
-    """Each claim with its commands and its figures."""
-    report = _read(path)
-    figures = report["figures"] if report else []
-    return "\n".join(_section(number, claim, figures) for number, claim in enumerate(CLAIMS, start=1)).rstrip()
+    """Each claim with its commands and its figures; those of `claims.py CLAIM --json` count before a proof's."""
+    reports = [_read(path.with_name(f"claim-{claim.prefixes[0].rstrip(':,')}.json")) for claim in CLAIMS]
+    proven = _read(path) or {"figures": []}
+    sections = [
+        _section(number, claim, own or proven)
+        for number, (claim, own) in enumerate(zip(CLAIMS, reports, strict=True), 1)
+    ]
+    return "\n".join(sections).rstrip()
 
 
 def quantisation(path: Path = FIGURES / "quant.json") -> str:
@@ -111,7 +116,12 @@ def quantisation(path: Path = FIGURES / "quant.json") -> str:
         lines.append(f"| {name} | {' | '.join(f'{errors[code]:.4f}' for code in codes)} |")
     for base, losses in report["trained"].items():
         lines += ["", f"LoRA on {base}: held-out loss {_losses(losses)} by seed."]
+    lines += ["", f"Measured on {_machine(report['machine'])}."]
     return "\n".join(lines)
+
+
+def _machine(found: Mapping[str, Any]) -> str:
+    return f"{', '.join(found['cuda_devices']) or processor_text(found)}, torch {found['versions']['torch']}"
 
 
 def _perplexity(code: str, figure: Mapping[str, float]) -> str:
@@ -124,10 +134,12 @@ def _losses(losses: list[float]) -> str:
     return ", ".join(f"{loss:.4f}" for loss in losses)
 
 
-def _section(number: int, claim: Claim, figures: list[Mapping[str, Any]]) -> str:
-    found = [figure for figure in figures if figure["what"].startswith(claim.prefixes)]
+def _section(number: int, claim: Claim, report: Mapping[str, Any]) -> str:
+    found = [figure for figure in report["figures"] if figure["what"].startswith(claim.prefixes)]
     lines = [f"**{number}. {claim.text}**", "", "```", *claim.commands, "```", ""]
     lines += ["| Measured | | Bar |", "|---|---|---|", *map(_line, found)] if found else ["Not measured yet."]
+    if sources := report.get("sources"):
+        lines += ["", f"Made with: {'; '.join(sources)}."]
     return "\n".join([*lines, ""])
 
 

@@ -29,7 +29,11 @@ class Compared:
 
     def entries(self) -> list[Entry]:
         """The runs of its row."""
-        return [*self.finals, *filter(None, (self.spelling, self.cost))]
+        return [*self.trained(), *filter(None, (self.cost,))]
+
+    def trained(self) -> list[Entry]:
+        """Those that losses and scores are of."""
+        return [*self.finals, *filter(None, (self.spelling,))]
 
     @property
     def rate(self) -> float:
@@ -61,6 +65,7 @@ class Sweep:
         self._limit_s, self._say, self._make_missing = limit_s, say, make_missing
         self._work, self._shared = work, tuple(shared)
         self._reference: Side | None = None
+        self.used: list[Entry] = []  # what the ledger had, or what was made, in the order of asking
 
     def compare(self, names: Sequence[str], stages: Sequence[str]) -> list[Compared]:
         """Every entrant of these names: a stage for all, then the next one, so that early figures compare."""
@@ -87,9 +92,14 @@ class Sweep:
     def run(self, trial: Trial) -> Entry | None:
         """What the ledger has of a run, or what it comes to now."""
         settings = trial.settings()
-        known = self._ledger.find(settings)
-        if not self._make_missing or (known is not None and known.is_settled):
-            return known
+        entry = self._ledger.find(settings)
+        if self._make_missing and (entry is None or not entry.is_settled):
+            entry = self._make(trial, settings)
+        if entry is not None:
+            self.used.append(entry)
+        return entry
+
+    def _make(self, trial: Trial, settings: dict[str, Any]) -> Entry:
         try:
             result = run_trial(trial, limit_s=self._limit_s)
         except Failed as failure:

@@ -126,6 +126,8 @@ def markdown(report: Mapping[str, Any]) -> str:
         )
     if sources := report.get("sources"):
         lines.append(f"* Made with: {'; '.join(sources)}.")
+    if (cost := report.get("cost_sources")) and cost != sources:
+        lines.append(f"* Step times were taken with: {'; '.join(cost)}.")
     if report["missing"]:
         lines.append(f"* Not measured yet: {', '.join(report['missing'])}.")
     return "\n".join(lines)

@@ -22,6 +22,7 @@ from qlora_train.quant.bnb import Params4bit, dequantize
 Tensors = Mapping[str, Tensor]  # of one layer, by attribute: lora_A, lora_B, lora_core_c
 Shapes = dict[str, tuple[int, ...]]
 FACTORS = ("lora_A", "lora_B")
+HOLDERS = (nn.ModuleDict, nn.ParameterDict, BufferDict)  # a layer's tensors of one kind, by adapter
 EMBEDDING = ("lora_embedding_A", "lora_embedding_B")  # PEFT's factors (r, vocabulary) and (width, r) of an embedding
 
 
@@ -113,9 +114,10 @@ class Form(LoraVariant):
 def layer_tensors(layer: Any, adapter: str) -> dict[str, Tensor]:
     """The tensors of one adapter of a layer by attribute, as parameters: gradients flow to them."""
     found = {}
+    children = layer._modules  # each layer asks several times a step: Module.__getattr__ would cost more than the rest
     for attribute in (*layer.adapter_layer_names, *layer.other_param_names):
-        holder = getattr(layer, attribute, None)
-        if isinstance(holder, nn.ModuleDict | nn.ParameterDict | BufferDict) and adapter in holder:
+        holder = children.get(attribute)
+        if isinstance(holder, HOLDERS) and adapter in holder:
             value = holder[adapter]
             tensor = value if isinstance(value, Tensor) else getattr(value, "weight", None)
             if tensor is not None:  # lora_dropout has none

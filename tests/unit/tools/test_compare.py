@@ -165,6 +165,8 @@ def test_another_checkout_goes_on_from_what_was_kept(runs: Runs, tmp_path: Path)
     assert "a card" in found and found[-1] == "2 states of the code" and len(found) == 3
     report = {"rows": figures(compared), "sample": False, "missing": [], "sources": found}
     assert f"* Made with: {'; '.join(found)}." in markdown(report)
+    assert "Step times" not in markdown(report | {"cost_sources": found})
+    assert "* Step times were taken with: two cores." in markdown(report | {"cost_sources": ["two cores"]})
     assert compare(ledger("other"), "lora")[0].finals[0].machine != "a card", "of another code: made again"
 
 
@@ -234,6 +236,10 @@ def test_the_page_shows_each_claim_with_its_figures_and_what_does_not_hold(tmp_p
     assert "| 1.3 | at most 1.1: **does not hold here** |" in text
     assert text.count("Not measured yet.") == len(CLAIMS) - 2
     assert theory(tmp_path / "none.json").count("Not measured yet.") == len(CLAIMS)
+    own = {"figures": [{**asdict(Bar("rank: r = 1", 2.25, "nats")), "ok": True}], "sources": ["a card"]}
+    (tmp_path / "claim-rank.json").write_text(json.dumps(own))
+    text = theory(path)
+    assert "| rank: r = 1 | 2.25 nats | |\n\nMade with: a card." in text and "2.5 nats" not in text
     assert all("Not measured yet" in page(tmp_path / "none.json") for page in (comparison, quantisation))
 
 
@@ -242,11 +248,13 @@ def test_the_page_of_the_quantisation_study_has_every_code(tmp_path: Path) -> No
     errors = dict.fromkeys(list(TITLES)[1:], 0.1)
     path = tmp_path / "quant.json"
     found = {"sets": {"shell": dict.fromkeys(TITLES, figure)}, "errors": {"Gaussian": errors}}
-    path.write_text(json.dumps({**found, "trained": {"nf4": [2.0, 2.01], "bf16": [1.99, 2.02]}}))
+    machine = {"cuda_devices": ["a card"], "versions": {"torch": "2.15"}}
+    path.write_text(json.dumps({**found, "trained": {"nf4": [2.0, 2.01], "bf16": [1.99, 2.02]}, "machine": machine}))
     text = quantisation(path)
     assert "| not quantised | 45.03 |" in text and "| NF4 | 45.03 (+0.4050 ± 0.0210 nats) |" in text
     assert "| Gaussian | 0.1000 | 0.1000 | 0.1000 | 0.1000 | 0.1000 |" in text
     assert "LoRA on bf16: held-out loss 1.9900, 2.0200 by seed." in text
+    assert text.endswith("Measured on a card, torch 2.15.")
     assert TITLES.keys() == CODES.keys()
 
 
