@@ -56,14 +56,17 @@ def lora_pro(lora_A: Tensor, lora_B: Tensor, grad_A: Tensor, grad_B: Tensor, sca
 
     right = vectors_b.t() @ (natural_a @ a_rI.t()) @ vectors_a
     sums = values_b.clamp(min=0)[:, None] + values_a.clamp(min=0)
-    x_rr = -vectors_b @ (right / sums.clamp(min=torch.finfo(dtype).tiny)) @ vectors_a.t()
+    least = (DAMPING * (values_a.mean() + values_b.mean())).clamp_min(torch.finfo(dtype).tiny)
+    x_rr = -vectors_b @ (right / sums.clamp(min=least)) @ vectors_a.t()
     return natural_a + x_rr @ a_rI, natural_b - b_Or @ x_rr
 
 
 def _damped_inverse(values: Tensor) -> Tensor:
-    """1 / (value + damping); zero for a matrix that is zero, whose inverse would only multiply zeros."""
+    """1 / (value + damping); zero where the value is none but for rounding, as r - n of them are where r is above a
+    side of the layer: an inverse would multiply noise."""
     damping = (DAMPING * values.mean()).clamp_min(torch.finfo(values.dtype).tiny)
-    return torch.where(values.max() > 0, 1.0 / (values.clamp(min=0) + damping), torch.zeros_like(values))
+    is_some = values > DAMPING * values.max()
+    return torch.where(is_some, 1.0 / (values.clamp(min=0) + damping), torch.zeros_like(values))
 
 
 class LoraProRule:

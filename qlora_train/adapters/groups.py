@@ -24,8 +24,9 @@ class Group:
 def one_group(parameters: Mapping[str, nn.Parameter]) -> list[Group]:
     """Every parameter at the recipe's rate; none is in two groups, and no group is empty.
 
-    `adapter` decays: at zero it changes nothing. `vector` does not: a magnitude of DoRA's at zero would be a weight
-    at zero, and so would a scaling vector or a temperature. Nor do the rows of new tokens, which are no updates.
+    `adapter` decays: at zero it changes nothing (where it does, recipe/adapter.py refuses decay). `vector` does not: a
+    magnitude of DoRA's at zero would be a weight at zero, and so would a scaling vector or a temperature. Nor do the
+    rows of new tokens, which are no updates.
     """
     members: dict[str, list[nn.Parameter]] = {"adapter": [], "vector": [], "new tokens": []}
     for name, parameter in parameters.items():

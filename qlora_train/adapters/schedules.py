@@ -309,9 +309,10 @@ class Freezer(MethodHooks):
 
 
 class Balance(MethodHooks):
-    """MoLE's penalty on experts that get no weight: `weight * mean over layers of -log prod_i q_i` (arXiv 2404.13628).
+    """MoLE's penalty on experts that get no weight: `weight * -log prod_i q_i` (arXiv 2404.13628, section 3.3).
 
-    q_i is an expert's mean gate over the tokens of a micro-batch in one layer. Least, N log N, where all are equal.
+    q_i is an expert's mean gate over the tokens of a micro-batch and all layers: layers may prefer different experts.
+    Least, N log N, where all are equal.
     """
 
     def __init__(self, model: nn.Module, section: AdapterSection) -> None:
@@ -324,13 +325,11 @@ class Balance(MethodHooks):
         gates = [layer.__dict__.pop("mean_gates") for layer in self.layers.values() if "mean_gates" in layer.__dict__]
         if not gates:
             return None
-        stacked = torch.stack(gates)
-        self.last = stacked.detach().mean(dim=0).tolist()
-        return (
-            share * self.weight * -stacked.clamp_min(torch.finfo(stacked.dtype).tiny).log().sum(dim=1).mean()
-            if self.weight
-            else None
-        )
+        mean_N = torch.stack(gates).mean(dim=0)
+        self.last = mean_N.tolist()
+        if not self.weight:
+            return None
+        return share * self.weight * -mean_N.clamp_min(torch.finfo(mean_N.dtype).tiny).log().sum()
 
     def figures(self) -> Mapping[str, float]:
         """The mean gate of each expert."""

@@ -46,6 +46,22 @@ def check_rule(recipe: Recipe, origins: Origins) -> Iterator[Problem]:
         yield Problem(what, "remove optimizer, or set rule_mode to factor", place_of(origins, "train.optimizer"))
 
 
+def check_start(recipe: Recipe, origins: Origins) -> Iterator[Problem]:
+    """Decay and dropout where zero factors are not the base: they would take away what the start holds of it."""
+    adapter, decay = recipe.adapter, recipe.train.weight_decay
+    if adapter.method not in METHODS or METHODS[adapter.method].zero_is_base:
+        return
+    method = METHODS[adapter.method]
+    named = f"adapter.method: {adapter.method} ({at(origins, 'adapter.method')})"
+    if decay:
+        what = f"train.weight_decay: {decay:g} pulls A and B towards zero, and {named} starts them elsewhere"
+        fix = "remove weight_decay: it would undo the start"
+        yield Problem(what, fix, place_of(origins, "train.weight_decay"))
+    if adapter.dropout and method.form in ("residual", "loftq"):
+        what = f"adapter.dropout: {adapter.dropout:g} drops parts of the weights: {named} keeps them in A and B"
+        yield Problem(what, "remove dropout", place_of(origins, "adapter.dropout"))
+
+
 def check_experts(recipe: Recipe, origins: Origins) -> Iterator[Problem]:
     """A mixture of fewer than two adapters. Whether their folders are there is seen when the run begins."""
     adapter = recipe.adapter
@@ -94,4 +110,4 @@ def check_schedule(recipe: Recipe, origins: Origins) -> Iterator[Problem]:
             yield Problem(what, "lower one of them", place_of(origins, "adapter.schedule_end_frac"))
 
 
-ADAPTER_CHECKS = (check_method, check_method_keys, check_new_tokens, check_schedule, check_experts)
+ADAPTER_CHECKS = (check_method, check_method_keys, check_new_tokens, check_start, check_schedule, check_experts)

@@ -21,6 +21,7 @@ class Method:
     form: str = "plain"  # how the tensors of a layer make its update: a row of adapters/forms/registry.py
     start: str = "zero"  # what they begin as; zero: PEFT's own, A random and B zero
     starts_at_base: bool = True  # the model before the first step is the quantised base
+    zero_is_base: bool = True  # so is the model whose factors are zero: decay, and dropout of a branch, do no harm
     scaling: str = "alpha / r"  # the factor on B A
     rule: str = "adamw"  # how gradients become steps
     schedule: str | None = None  # what changes in the course of training: adapters/schedules.py
@@ -126,6 +127,7 @@ METHODS: dict[str, Method] = {
             "useful",
             form="loftq",
             start="loftq",
+            zero_is_base=False,
             starts_at_base=False,
             base="residual",
             options=("start_iters",),
@@ -138,6 +140,7 @@ METHODS: dict[str, Method] = {
             "useful",
             form="residual",
             start="pissa",
+            zero_is_base=False,
             starts_at_base=False,
             base="residual",
             options=("start_iters",),
@@ -151,6 +154,7 @@ METHODS: dict[str, Method] = {
             "experimental",
             form="offset",
             start="milora",
+            zero_is_base=False,
         ),
         Method(
             "olora",
@@ -160,6 +164,7 @@ METHODS: dict[str, Method] = {
             "experimental",
             form="offset",
             start="olora",
+            zero_is_base=False,
         ),
         Method(
             "lora_ga",
@@ -169,6 +174,7 @@ METHODS: dict[str, Method] = {
             "experimental",
             form="offset",
             start="lora_ga",
+            zero_is_base=False,
             options=("stable_gamma", "probe_batches"),
             learning_rate="2e-5 to 1e-4",
         ),

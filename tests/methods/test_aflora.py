@@ -98,6 +98,9 @@ def test_the_first_choice_follows_from_the_logged_gradients(tiny_dir: Path) -> N
             mean = 0.85 * mean + 0.15 * seen
             spread = 0.95 * spread + 0.05 * np.abs(seen - mean)
         scores[key] = float((mean * spread).mean())
+        if key in spy.importance:  # what was frozen has left it
+            np.testing.assert_allclose(spy.importance[key].numpy(), mean, rtol=1e-5)
+            np.testing.assert_allclose(spy.uncertainty[key].numpy(), spread, rtol=1e-5)
     count = len(spy.frozen)
     assert 0 < count < len(scores)
     assert set(spy.frozen) == set(sorted(scores, key=lambda key: scores[key])[:count])
@@ -121,3 +124,18 @@ def test_a_resumed_schedule_is_the_straight_one(tiny_dir: Path) -> None:
     assert second.frozen == freezer.frozen
     with pytest.raises(ValueError, match="list of frozen"):
         second.load_state_dict({})
+
+
+def test_the_reference_rule_freezes_what_lies_below_the_quantile(tiny_dir: Path) -> None:
+    """The authors': tensors whose mean score is below the elements' quantile at one minus the share that may train."""
+    section = section_of("aflora", **KEYS, freeze_rule="reference")
+    case = build(tiny_dir, section)
+    freezer = Freezer(case.model, section, NUM_STEPS)
+    run(case, freezer, 0, 6)
+    share = 0.3
+    left = {key: t for key, t in freezer._trained().items() if key in freezer.importance}
+    elements = {key: (freezer.importance[key] * freezer.uncertainty[key]).double().numpy() for key in left}
+    pool = np.concatenate([element.ravel() for element in elements.values()])
+    wanted = {key for key, element in elements.items() if element.mean() < np.quantile(pool, 1 - share)}
+    assert len(left) == len(freezer._trained()) and 0 < len(wanted) < len(left)
+    assert set(freezer._choose(share)) == wanted

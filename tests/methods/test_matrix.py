@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call
 
 from qlora_train.adapters.fold import Update, read_deltas, read_updates
 from qlora_train.adapters.forms.base import Form, base_weight, layer_tensors
+from qlora_train.adapters.forms.delta import PREFIX as DIFFERENCE
+from qlora_train.adapters.forms.delta import DeltaLayer
+from qlora_train.adapters.forms.mole import GATE, LEAST_TAU, TAU
 from qlora_train.adapters.forms.registry import FORMS
 from qlora_train.adapters.layers import adapted_layers, layer_update, lora_layers
 from qlora_train.adapters.state import save_adapter
@@ -89,21 +94,51 @@ def test_the_start_is_the_base_or_said_not_to_be(evidence: Evidence) -> None:
 
 def test_the_forward_pass_is_the_updated_weight_s(evidence: Evidence) -> None:
     row = METHODS[evidence.case.section.method]
-    moved = []
+    moved = [_moved_by_difference(layer) for layer in delta_layers(evidence.case.model)]
     for name, layer in lora_layers(evidence.case.model).items():
         x = torch.randn(5, layer.in_features)
+        base = layer.get_base_layer()
         if row.merges == "none":
             with pytest.raises(ModelError, match="no weight does"):
                 layer_update(layer, "default")
+            moved.append(_moved_by_mixture(layer, x))
             continue
-        base = layer.get_base_layer()
         weight_OI = layer_update(layer, "default").applied(base_weight(layer))
         with torch.no_grad():
             found = layer(x)
         torch.testing.assert_close(found, nn.functional.linear(x, weight_OI), rtol=1e-5, atol=1e-5, msg=name)
         assert layer.num_fallbacks == 0
         moved.append(float((found - base(x)).abs().max()))
-    assert not moved or max(moved) > 1e-4, "negative control: the adapter does something"
+    assert max(moved) > 1e-4, "negative control: the adapter does something"
+
+
+def delta_layers(model: nn.Module) -> list[DeltaLayer]:
+    return [layer for layer in adapted_layers(model).values() if isinstance(layer, DeltaLayer)]
+
+
+@torch.no_grad()
+def _moved_by_difference(layer: DeltaLayer) -> float:
+    """A layer with differences is its base with other values; how far its output moved."""
+    base = layer.get_base_layer()
+    x = torch.randn(5, next(iter(base.parameters())).shape[-1])
+    values = dict(base.named_parameters())
+    for name, tensor in layer_tensors(layer, "default").items():
+        own = name.removeprefix(DIFFERENCE)
+        values[own] = values[own] + tensor.to(values[own].dtype)
+    torch.testing.assert_close(layer(x), functional_call(base, values, (x,)), rtol=1e-6, atol=1e-6)
+    return float((layer(x) - base(x)).abs().max())
+
+
+@torch.no_grad()
+def _moved_by_mixture(layer: Any, x: torch.Tensor) -> float:
+    """A mixture is the base and each expert's update by its share, token by token; how far the output moved."""
+    tensors = layer_tensors(layer, "default")
+    gates = (x @ tensors[GATE].t() / tensors[TAU].clamp_min(LEAST_TAU)).softmax(dim=-1)
+    experts = zip(tensors["lora_A"].chunk(2), tensors["lora_B"].chunk(2, dim=1), gates.unbind(dim=-1), strict=True)
+    update = sum(share[:, None] * (x @ a.t() @ b.t()) for a, b, share in experts) * layer.scaling["default"]
+    base = layer.get_base_layer()(x)
+    torch.testing.assert_close(layer(x), base + update, rtol=1e-5, atol=1e-5)
+    return float(update.abs().max())
 
 
 def test_what_the_row_declares_trains_and_nothing_else(evidence: Evidence) -> None:

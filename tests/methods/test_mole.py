@@ -136,6 +136,12 @@ def test_the_penalty_is_least_where_all_experts_are_used_alike(case: Case) -> No
     after = balance.extra_loss(1.0)
     assert after is not None and float(after) < float(peaked), "its gradient evens the gates out"
     assert set(balance.figures()) == {"gate_0", "gate_1"}
+    for index, layer in enumerate(layers.values()):  # half of the layers prefer the one, half the other
+        layer.mean_gates = torch.tensor([0.9, 0.1] if index % 2 else [0.1, 0.9])
+    if len(layers) % 2:
+        layer.mean_gates = torch.tensor([0.5, 0.5])
+    opposed = balance.extra_loss(1.0)
+    assert opposed is not None and float(opposed) == pytest.approx(float(least), rel=1e-5), "the mean is over layers"
 
 
 def test_an_expert_of_another_model_is_refused(case: Case, tiny_llama_dir: Path, experts: list[Path]) -> None:

@@ -24,9 +24,12 @@ from qlora_train.model.load import Base
 from qlora_train.model.start import Weights, parameter_of, rebuild, start_from_weights
 from qlora_train.quant.bnb import dequantize
 from qlora_train.quant.fingerprint import print_base
+from qlora_train.recipe.methods import METHODS
 from qlora_train.recipe.schema import AdapterSection
+from qlora_train.train.optim import parameter_groups
 from tests.commandline import run_cli, write_recipe
 from tests.loading import CPU, tiny_base
+from tests.methods.cases import build, one_layer, section_of
 from tests.tiny import build_tiny_llama
 
 IDS = torch.tensor([[3, 7, 100, 250, 31, 2, 8]])
@@ -232,3 +235,48 @@ def test_what_a_start_took_from_the_base_is_no_change_of_training(tmp_path: Path
     assert run_cli("analyze", tmp_path / "run").code == 0
     noise = json.loads((tmp_path / "merged" / "export.json").read_text())["noise"]
     assert 0 < noise["over_weight"]["most"] < 0.02, noise
+
+
+def test_random_starts_have_the_size_that_their_papers_give() -> None:
+    """What a method learns at a given rate depends on it, and no identity at step 0 does."""
+    side, r, group = 512, 16, 32
+    triplets = layer_tensors(one_layer("adalora", num_in=side, num_out=side, r=r, target_r=8), "default")
+    for name in ("lora_A", "lora_B"):
+        assert float(triplets[name].detach().std()) == pytest.approx(0.02, rel=0.05), name
+    vectors = layer_tensors(one_layer("aflora", num_in=side, num_out=side, r=r), "default")
+    assert bool((vectors["lora_core_d"] == 0.1).all()) and not bool(vectors["lora_core_b"].any())
+    assert float(vectors["lora_A"].detach().abs().max()) == pytest.approx((6 / side) ** 0.5, rel=0.02), "kaiming, a = 0"
+    pooled = layer_tensors(one_layer("qalora", num_in=side, num_out=side, r=r, group_size=group), "default")
+    assert float(pooled["lora_A"].detach().abs().max()) == pytest.approx((6 / (side // group + r)) ** 0.5, rel=0.05)
+
+
+WITH_FACTORS = [name for name, row in METHODS.items() if "lora_A" in row.trains]
+ON_ANOTHER_BASE = ("pissa", "loftq")  # zero factors are the base here, which lacks what they held at the start
+
+
+@pytest.mark.parametrize("method", WITH_FACTORS)
+def test_zero_factors_are_the_base_where_the_table_says_so(method: str, folder: Path) -> None:
+    """Decay pulls A and B towards zero: for the other methods it is refused."""
+    section = section_of(method)
+    model = build(folder, section).model
+    with torch.no_grad():
+        with model.disable_adapter():
+            base = model(input_ids=IDS).logits
+        for group in parameter_groups(model, section):
+            for parameter in group.parameters if group.decays else ():
+                parameter.zero_()
+        is_base = torch.allclose(model(input_ids=IDS).logits, base, atol=1e-5)
+    assert is_base == (METHODS[method].zero_is_base or method in ON_ANOTHER_BASE)
+    assert not (METHODS[method].zero_is_base and method in ON_ANOTHER_BASE)
+
+
+@pytest.mark.parametrize("method", ["pissa", "loftq", "milora", "olora", "lora_ga"])
+def test_decay_and_dropout_that_would_undo_a_start_are_refused(method: str, folder: Path, tmp_path: Path) -> None:
+    keys = {"adapter__method": method, "adapter__dropout": 0.1, "train__weight_decay": 0.1}
+    recipe = write_recipe(tmp_path, folder, **keys)
+    outcome = run_cli("check", recipe)
+    assert outcome.code == 2 and "train.weight_decay: 0.1 pulls A and B towards zero" in outcome.err
+    dropped = "adapter.dropout: 0.1 drops parts of the weights" in outcome.err
+    assert dropped == (method in ("pissa", "loftq"))
+    plain = write_recipe(tmp_path, folder, **{**keys, "adapter__method": "lora"})
+    assert run_cli("check", plain).code == 0

@@ -67,6 +67,7 @@ def test_x_solves_its_sylvester_equation_and_keeps_the_steps_near() -> None:
         other = size * torch.randn(4, 4, generator=generator).double()
         moved = step_a + other @ a, step_b - b @ other
         assert torch.allclose(effect(a, b, *moved), effect(a, b, step_a, step_b), atol=1e-9)
+        assert distance(*moved) > distance(step_a, step_b)
 
 
 def test_the_first_step_of_plain_lora() -> None:
@@ -86,6 +87,20 @@ def test_a_rank_deficient_factor_gives_finite_steps() -> None:
     zero = torch.zeros_like(a)
     steps = lora_pro(zero, torch.zeros_like(b), zero, torch.zeros_like(b), SCALING)
     assert all(not step.any() for step in steps)
+
+
+@pytest.mark.parametrize(("r", "num_out", "num_in"), [(40, 24, 32), (28, 24, 64), (28, 64, 24)])
+def test_a_rank_above_a_side_of_the_layer(r: int, num_out: int, num_in: int) -> None:
+    """Both Gram matrices may have zeros then: no step is made of the noise in their place."""
+    generator = torch.Generator().manual_seed(0)
+    a, b, g = (torch.randn(*shape, generator=generator) for shape in ((r, num_in), (num_out, r), (num_out, num_in)))
+    reachable = effect(a, b, *lora_pro(a, b, *low_rank_gradients(a, b, g), SCALING))
+    assert float((reachable - g).norm()) < 1e-2 * float(g.norm()), "A or B spans the whole layer"
+    before = g.norm()
+    for _ in range(30):
+        step_a, step_b = lora_pro(a, b, *low_rank_gradients(a, b, g), SCALING)
+        a, b, g = a - 0.1 * step_a, b - 0.1 * step_b, g - 0.1 * effect(a, b, step_a, step_b)
+    assert float(g.norm()) < 0.1 * float(before)
 
 
 def pair_with_gradients() -> tuple[Pair, Tensor]:

@@ -19,7 +19,10 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "qlora_train"
 KEPT = ROOT / "tools" / "figures" / "compare-ledger.jsonl"
 # What decides the figures of a run. Reports, pages and the command line do not.
-PARTS = ("adapters", "data", "evaluate", "export", "kernels", "loss.py", "model", "quant", "seeds.py", "train")
+PARTS = (
+    *("adapters", "data", "evaluate", "export", "kernels", "loss.py", "model", "quant", "seeds.py", "train"),
+    *("recipe/methods.py", "recipe/schema.py"),  # what a method is, and the defaults of keys that are not given
+)
 
 
 @cache

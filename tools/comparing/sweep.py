@@ -113,7 +113,7 @@ class Sweep:
         losses: dict[float, float] = {}
         while (rate := next_rate(losses, entrant.first_rate)) is not None:
             try:
-                entry = self.run(self.trial("search", entrant, rate, experts=self._experts(entrant)))
+                entry = self.run(self.trial("search", entrant, rate, experts=self._experts(entrant, for_search=True)))
             except Failed:
                 break
             if entry is None:
@@ -163,14 +163,17 @@ class Sweep:
         self._say(f"cost of {each.entrant.name}: {cost.time_ratio:.2f} of LoRA's step")
         return self._ledger.add(settings, result=cost.as_dict())
 
-    def _experts(self, entrant: Entrant) -> tuple[Path, ...]:
-        """The adapters that a router weighs: LoRA on either half of the rows, at LoRA's first rate."""
+    def _experts(self, entrant: Entrant, *, for_search: bool = False) -> tuple[Path, ...]:
+        """The adapters that a router weighs: LoRA on either half of the rows, at LoRA's first rate.
+
+        Those of a search have seen none of the rows that a rate is chosen by.
+        """
         if not entrant.needs_experts:
             return ()
         lora = entrants()[REFERENCE]
         folders = []
         for half in (0, 1):
-            trial = self.trial("expert", lora, lora.first_rate, half=half)
+            trial = self.trial("expert", lora, lora.first_rate, half=half, for_search=for_search)
             folder = trial.run_dir / "adapter"
             if folder.is_dir() and self._ledger.find(trial.settings()) is not None:
                 folders.append(folder)

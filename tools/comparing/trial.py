@@ -63,11 +63,12 @@ class Trial:
     shared: tuple[str, ...] = ()  # recipe keys that every entrant gets
     experts: tuple[Path, ...] = ()
     half: int | None = None  # of the rows, for an expert
+    for_search: bool = False  # the expert is one of a search: its rows are among those that rates are tried on
 
     @property
     def name(self) -> str:
         """For people, and for the run folder."""
-        half = "" if self.half is None else f"-half{self.half}"
+        half = "" if self.half is None else f"-half{self.half}{'-search' if self.for_search else ''}"
         return f"{self.stage}-{self.entrant.name}-{self.learning_rate:.3g}-seed{self.seed}{half}"
 
     @property
@@ -105,9 +106,12 @@ class Trial:
         if self.stage == "search":
             train, choose = search_files(self.scale, self.work)
             return [f"data.train=[{json.dumps(str(train))}]", f"data.eval=[{json.dumps(str(choose))}]"]
-        files = [f"data.train=[{json.dumps(str(half_file(self.half, self.work)))}]"] if self.half is not None else []
-        rows = {"max_train_rows": self.scale.final_rows, "max_eval_rows": self.scale.held_out_rows}
-        return files + [f"data.{key}={count}" for key, count in rows.items() if count is not None]
+        files = []
+        if self.half is not None:
+            rows = half_file(self.half, self.work, self.scale.search_rows if self.for_search else None)
+            files = [f"data.train=[{json.dumps(str(rows))}]"]
+        most = {"max_train_rows": self.scale.final_rows, "max_eval_rows": self.scale.held_out_rows}
+        return files + [f"data.{key}={count}" for key, count in most.items() if count is not None]
 
     def settings(self) -> dict[str, Any]:
         """What the figures depend on besides the code: the key of the ledger."""
@@ -120,6 +124,7 @@ class Trial:
             "learning_rate": self.learning_rate,
             "seed": self.seed,
             "half": self.half,
+            "for_search": self.for_search,
             "scale": {key: value for key, value in asdict(self.scale).items() if key != "seeds"},
             "threads": self.threads,
             "keys": [*self.entrant.overrides, *self.shared],
@@ -151,9 +156,9 @@ def search_files(scale: Scale, work: Path) -> tuple[Path, Path]:
     return _rows_file(rows[:cut], work), _rows_file(rows[cut:end], work)
 
 
-def half_file(half: int, work: Path) -> Path:
-    """One half of the training set."""
-    return _rows_file(_shuffled_rows()[half::2], work)
+def half_file(half: int, work: Path, num_rows: int | None = None) -> Path:
+    """One half of the training set, or of its first `num_rows`, which are those of `search_files`."""
+    return _rows_file(_shuffled_rows()[:num_rows][half::2], work)
 
 
 def _shuffled_rows() -> list[str]:
