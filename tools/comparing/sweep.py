@@ -101,7 +101,7 @@ class Sweep:
 
     def _make(self, trial: Trial, settings: dict[str, Any]) -> Entry:
         try:
-            result = run_trial(trial, limit_s=self._limit_s)
+            result = run_trial(self._with_experts(trial), limit_s=self._limit_s)
         except Failed as failure:
             self._say(f"{trial.name}: {failure}")
             return self._ledger.add(settings, failed=str(failure))
@@ -112,10 +112,7 @@ class Sweep:
         """Losses by rate, infinite where it diverged: from the first guess on until the best is inside the grid."""
         losses: dict[float, float] = {}
         while (rate := next_rate(losses, entrant.first_rate)) is not None:
-            try:
-                entry = self.run(self.trial("search", entrant, rate, experts=self._experts(entrant, for_search=True)))
-            except Failed:
-                break
+            entry = self.run(self.trial("search", entrant, rate))
             if entry is None:
                 break
             if entry.failed is not None and not entry.failed.startswith("diverged"):
@@ -124,16 +121,8 @@ class Sweep:
         return losses
 
     def _finals(self, each: Compared) -> tuple[Entry, ...]:
-        found = []
-        for seed in self._scale.seeds:
-            try:
-                experts = self._experts(each.entrant)
-            except Failed as failure:
-                found.append(Entry({}, "", failed=str(failure)))
-                continue
-            if (entry := self.run(self.trial("final", each.entrant, each.rate, seed, experts=experts))) is not None:
-                found.append(entry)
-        return tuple(found)
+        found = (self.run(self.trial("final", each.entrant, each.rate, seed)) for seed in self._scale.seeds)
+        return tuple(entry for entry in found if entry is not None)
 
     def _spelling(self, each: Compared) -> Entry | None:
         return self.run(self.trial("spelling", each.entrant, each.rate))
@@ -141,10 +130,7 @@ class Sweep:
     def _cost(self, each: Compared) -> Entry | None:
         if each.entrant.name == REFERENCE:
             return None
-        try:
-            trial = self.trial("final", each.entrant, each.rate, experts=self._experts(each.entrant))
-        except Failed:
-            return None
+        trial = self.trial("final", each.entrant, each.rate)
         settings = {**trial.settings(), "stage": "cost", "learning_rate": None}
         known = self._ledger.find(settings)
         if not self._make_missing or (known is not None and known.is_settled):
@@ -153,7 +139,7 @@ class Sweep:
             if self._reference is None:
                 reference = entrants()[REFERENCE]
                 self._reference = Side(self.trial("final", reference, reference.first_rate))
-            cost = measure_cost(Side(trial), self._reference)
+            cost = measure_cost(Side(self._with_experts(trial)), self._reference)
         except Failed as failure:
             return self._ledger.add(settings, failed=str(failure))
         except Exception as error:  # of one method: the others are still compared, and the table says so
@@ -163,25 +149,21 @@ class Sweep:
         self._say(f"cost of {each.entrant.name}: {cost.time_ratio:.2f} of LoRA's step")
         return self._ledger.add(settings, result=cost.as_dict())
 
-    def _experts(self, entrant: Entrant, *, for_search: bool = False) -> tuple[Path, ...]:
-        """The adapters that a router weighs: LoRA on either half of the rows, at LoRA's first rate.
+    def _with_experts(self, trial: Trial) -> Trial:
+        """With the adapters that a router weighs: LoRA on either half of the rows, at LoRA's first rate.
 
-        Those of a search have seen none of the rows that a rate is chosen by.
+        Those of a search have seen none of the rows that a rate is chosen by. Failed where one cannot be trained.
         """
-        if not entrant.needs_experts:
-            return ()
+        if not trial.entrant.needs_experts:
+            return trial
         lora = entrants()[REFERENCE]
         folders = []
         for half in (0, 1):
-            trial = self.trial("expert", lora, lora.first_rate, half=half, for_search=for_search)
-            folder = trial.run_dir / "adapter"
-            if folder.is_dir() and self._ledger.find(trial.settings()) is not None:
-                folders.append(folder)
-                continue
-            if not self._make_missing:
-                raise Failed("its experts are not trained yet")
-            result = run_trial(trial, limit_s=self._limit_s)
-            self._ledger.add(trial.settings(), result=result)
-            self._say(f"{trial.name}: loss {result['loss']:.4f}")
+            expert = self.trial("expert", lora, lora.first_rate, half=half, for_search=trial.stage == "search")
+            folder = expert.run_dir / "adapter"
+            if not folder.is_dir() or self._ledger.find(expert.settings()) is None:
+                result = run_trial(expert, limit_s=self._limit_s)
+                self._ledger.add(expert.settings(), result=result)
+                self._say(f"{expert.name}: loss {result['loss']:.4f}")
             folders.append(folder)
-        return tuple(folders)
+        return replace(trial, experts=tuple(folders))

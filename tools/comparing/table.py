@@ -116,7 +116,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     """The table for a page, from what `compare_methods.py` wrote: its notes, and what is missing, below it."""
     rows = report["rows"]
     lines = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
-    lines += ["| " + " | ".join(cells(row)).replace("|", "\\|") + " |" for row in rows]
+    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells(row)) + " |" for row in rows]
     lines += ["", *(f"* {note}." for note in NOTES)]
     lines += [f"* {row['title']}: {row['note']}." for row in rows if row["note"]]
     lines += [f"* {row['title']}: {failure}." for row in rows for failure in row["failures"]]

@@ -195,6 +195,8 @@ def test_a_method_that_breaks_is_told_and_the_others_are_compared(runs: Runs, tm
     report = {"rows": rows, "sample": False, "missing": ["LoftQ"]}
     text = markdown(report)
     assert "KeyError: 'x' (merge.py:7)" in text and "Not measured yet: LoftQ" in text
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(table) == 2 + len(rows) and {line.count("|") for line in table} == {len(cells(rows[0])) + 1}
 
 
 def test_what_crashed_is_tried_again_and_what_diverged_is_not(runs: Runs, tmp_path: Path) -> None:
