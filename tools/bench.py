@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -19,10 +20,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
 from contenders.job import LEAST_FILL, SETS, Options
-from contenders.measure import CONTENDERS, DEFAULT, LOSS_TOLERANCE, Measured, Result, measure
+from contenders.measure import CONTENDERS, DEFAULT, EXTRA_REPEATS, LOSS_TOLERANCE, Measured, Result, measure
 from contenders.scaling import Point, measure_point, sizes
 from rich.console import Console
 from rich.table import Table
+
+from qlora_train.environment import environment
 
 MIB = 2**20
 
@@ -37,9 +40,13 @@ class Column:
 
 SPEED = (
     Column("contender"),
-    Column("tokens/s", "without padding, the best repeat"),
+    Column("tokens/s", f"without padding, the best repeat; ours and the ceiling make {EXTRA_REPEATS} more"),
     Column("supervised/s"),
-    Column("ours ÷ it", f"in brackets where losses differ by more than {LOSS_TOLERANCE} nats: it counts for nothing"),
+    Column(
+        "ours ÷ it",
+        f"the best of equally many repeats; in brackets where losses differ by more than {LOSS_TOLERANCE} nats: "
+        "it counts for nothing",
+    ),
     Column("w/o head", "tokens/s without the time of output head and loss"),
     Column("ours ÷ it"),
     Column("of matmul rate", "counted FLOPs per second, of what bare bf16 matmuls reach in this run"),
@@ -89,13 +96,8 @@ def _speed(result: Result, results: Sequence[Result]) -> list[str]:
     ours = next((r for r in results if r.contender == "ours"), None)
     ratio = body = memory = ""
     if ours is not None and result is not ours:
-        ratio, body = (
-            f"{mine / its:.2f}" if result.agrees else f"({mine / its:.2f})"
-            for mine, its in (
-                (ours.tokens_per_s, result.tokens_per_s),
-                (ours.body_tokens_per_s, result.body_tokens_per_s),
-            )
-        )
+        ratios = (ours.ratio(result), ours.ratio(result, head=False))
+        ratio, body = (f"{times:.2f}" if result.agrees else f"({times:.2f})" for times in ratios)
         memory = f"{result.peak_bytes / ours.peak_bytes:.2f}"
     return [
         CONTENDERS[result.contender].title,
@@ -164,7 +166,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--sets", default=",".join(SETS), help=f"of {', '.join(SETS)}")
     parser.add_argument("--contenders", default=",".join(DEFAULT), help=f"of {', '.join(CONTENDERS)}")
     parser.add_argument(
-        "--seq-len", type=int, default=Options.seq_len, help=f"tokens of a pack, filled to {LEAST_FILL:.0%} or more"
+        "--seq-len", type=int, default=Options.seq_len, help=f"tokens of a pack, filled to {LEAST_FILL:.0%}% or more"
     )
     parser.add_argument("--rows", type=int, help="rows of a step, a multiple of 8; default: as fill a pack")
     parser.add_argument("--repeats", type=int, default=2, help="timed steps of each number of threads")
@@ -218,7 +220,11 @@ def main() -> int:
             say=say,
         )
         show(measured, console)
-        figures = asdict(measured)
+        figures = {
+            "command": shlex.join(["tools/bench.py", *sys.argv[1:]]),
+            "machine": environment(),
+            **asdict(measured),
+        }
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     return 0

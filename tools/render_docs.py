@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from comparing.pages import comparison, quantisation, theory
+from contenders.measure import CONTENDERS
 from methods_table import methods_table
 
 from qlora_train.environment import processor_text
@@ -148,6 +149,28 @@ def cards() -> str:
     )
 
 
+def card_speed() -> str:
+    """Ours and the peers on a card, as `tools/bench.py --device cuda --json` wrote it."""
+    report = load_figures("card")
+    ours = report["results"][0]
+    lines = ["| | tokens/s | ours ÷ it | MiB above the loaded model | dequantisations | base MFLOP per token |"]
+    lines.append("|---|---|---|---|---|---|")
+    for found in report["results"]:
+        rate = max(found["rates"])
+        ratio = f"{max(ours['rates']) / rate:.2f}" if found is not ours else ""
+        lines.append(
+            f"| {CONTENDERS[found['contender']].title} | {rate:,.0f} | {ratio} | {found['peak_bytes'] / 2**20:,.0f} "
+            f"| {found['dequantisations']:.2f} | {found['flops_per_token']['base'] / 1e6:,.0f} |"
+        )
+    machine = report["machine"]
+    versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
+    lines += [
+        "",
+        f"`{report['command']}` on one {', '.join(machine['cuda_devices'])}, Python {machine['python']}; {versions}.",
+    ]
+    return "\n".join(lines)
+
+
 def keys() -> str:
     """Every key of a recipe: its default, and its unit and reason."""
     schema = json.loads((ROOT / "recipes" / "recipe.schema.json").read_text(encoding="utf-8"))
@@ -177,6 +200,7 @@ PARTS = {
     "figures:methods": lambda: figures_table("methods"),
     "figures:quickstart": quickstart,
     "figures:recipes": recipes,
+    "figures:card": card_speed,
     "figures:cards": cards,
     "figures:compare": comparison,
     "figures:quant": quantisation,

@@ -13,8 +13,9 @@ from qlora_train.adapters.config import AdapterConfig, build_config
 from qlora_train.adapters.fold import read_deltas
 from qlora_train.adapters.inits.residual import takes_from_base
 from qlora_train.adapters.layers import Lora4bit, LoraFloat, lora_layers
-from qlora_train.adapters.state import load_adapter_config
+from qlora_train.adapters.state import WEIGHTS, load_adapter_config
 from qlora_train.adapters.updates import Delta
+from qlora_train.artifacts.files import sha256_file
 from qlora_train.errors import ModelError
 from qlora_train.names import PEFT_PREFIX
 from qlora_train.recipe.methods import METHODS
@@ -24,7 +25,7 @@ from qlora_train.recipe.schema import AdapterSection
 def mixture_config(section: AdapterSection) -> AdapterConfig:
     """The router's config: rank N times the experts' largest, on every module that one of them adapts, scaling one.
 
-    The router's folder holds the experts too and needs none of their folders again; it keeps their names.
+    The router's folder holds the experts too and needs none of their folders again; it keeps their names and digests.
     """
     for folder in section.experts:
         if takes_from_base(folder):
@@ -41,7 +42,7 @@ def mixture_config(section: AdapterSection) -> AdapterConfig:
     rank = width * len(experts)
     return build_config(
         METHODS[section.method],
-        {"experts": [name_of(folder) for folder in section.experts], "balance": section.balance},
+        {"experts": [label_of(folder) for folder in section.experts], "balance": section.balance},
         r=rank,
         lora_alpha=rank,
         lora_dropout=section.dropout,
@@ -56,6 +57,11 @@ def name_of(folder: Path) -> str:
     'shell'
     """
     return folder.parent.name if folder.name == "adapter" else folder.name
+
+
+def label_of(folder: Path) -> str:
+    """Its name, and what tells its weights from those of another run of that name: "shell@1a2b3c4d5e6f"."""
+    return f"{name_of(folder)}@{sha256_file(folder / WEIGHTS)[:12]}"
 
 
 @torch.no_grad()

@@ -47,7 +47,8 @@ def check_rule(recipe: Recipe, origins: Origins) -> Iterator[Problem]:
 
 
 def check_start(recipe: Recipe, origins: Origins) -> Iterator[Problem]:
-    """Decay and dropout where zero factors are not the base: they would take away what the start holds of it."""
+    """What A and B hold besides an update, where zero factors are not the base: decay and dropout would take it away,
+    and on the original weights it does not belong."""
     adapter, decay = recipe.adapter, recipe.train.weight_decay
     if adapter.method not in METHODS or METHODS[adapter.method].zero_is_base:
         return
@@ -60,6 +61,12 @@ def check_start(recipe: Recipe, origins: Origins) -> Iterator[Problem]:
     if adapter.dropout and method.form in ("residual", "loftq"):
         what = f"adapter.dropout: {adapter.dropout:g} drops parts of the weights: {named} keeps them in A and B"
         yield Problem(what, "remove dropout", place_of(origins, "adapter.dropout"))
+    if method.start == "loftq" and recipe.export.base != "dequantized":
+        what = (
+            f"export.base: {recipe.export.base} adds a correction of the quantisation error to weights that have none: "
+            f"{named} holds it in A and B"
+        )
+        yield Problem(what, "set export.base: dequantized", place_of(origins, "export.base"))
 
 
 def check_experts(recipe: Recipe, origins: Origins) -> Iterator[Problem]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shlex
 import time
@@ -19,6 +20,7 @@ from qlora_train.artifacts.layout import RunDir
 from qlora_train.errors import RecipeError, ResumeError
 from qlora_train.evaluate.sides import SideScores
 from qlora_train.evaluate.validation import Validation
+from qlora_train.memory.live import only_new_garbage
 from qlora_train.quant.fingerprint import print_base
 from qlora_train.recipe.load import COMMAND_LINE, LoadedRecipe, recipe_as_dict
 from qlora_train.recipe.schema import Recipe
@@ -179,7 +181,8 @@ def _train(
             follower=trackers,
             warn=reporter.warning,
         )
-        with stop.waiting():
+        gc.collect()  # what loading and rehearsing left; then the collector has no business with the libraries' objects
+        with stop.waiting(), only_new_garbage():
             validation = run_loop(job, state, metrics, stop, memory, command=command_of(loaded))
     if metrics.failed:
         reporter.warning(f"metrics are incomplete: {metrics.failed}")

@@ -24,8 +24,11 @@ MAX_LONG_TOKENS = 2048
 # Nats per supervised token. The two paths add up in another order, and each sum is rounded anew: in bfloat16 (2^-9 a
 # rounding) a logit of 20 to 30 moves by some 0.05, which a token of little loss shows as well as one of much (measured
 # on SmolLM2: 0.02 before and 0.05 after training); float32 stays below 1e-5. A row that reads its neighbour differs in
-# every logit after the first; that no bit of it changes is checked besides, without a tolerance.
+# every logit after the first; that no bit of it changes is checked besides, without a tolerance. Rows that the model
+# finds very unlikely (10 nats a token) have larger logits at play: there a share of the loss is allowed (measured on an
+# H100 with DoRA: 0.16 of 10.7 nats).
 LOSS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.15}
+LOSS_SHARE = {torch.float32: 1e-4, torch.bfloat16: 0.03}
 # Of hidden states of other rows, with a mixture of experts.
 EXPERTS_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
@@ -58,7 +61,7 @@ class SelfCheck:
     def fault(self) -> str:
         """How rows together are not what they are alone; empty where they are. NaN is a difference."""
         if not self.loss_error <= self.loss_tolerance:
-            return f"their loss differs by {self.loss_error:.2g} nats a token (at most {self.loss_tolerance:g})"
+            return f"their loss differs by {self.loss_error:.2g} nats a token (at most {self.loss_tolerance:.2g})"
         if self.change_in_other_rows is not None and not self.change_in_other_rows <= self.change_allowed:
             return f"replacing a token changes other rows by {self.change_in_other_rows:g}"
         if self.change_in_the_row is not None and not self.change_in_the_row > 0:
@@ -69,7 +72,7 @@ class SelfCheck:
         """One line for people."""
         text = f"{self.num_rows} rows, {self.num_tokens} tokens: summed loss {self.loss_together:.6g} together"
         text += f" and {self.loss_alone:.6g} alone, {self.loss_error:.2g} nats a token apart"
-        text += f" (at most {self.loss_tolerance:g})"
+        text += f" (at most {self.loss_tolerance:.2g})"
         if self.change_in_other_rows is not None:
             text += f"; replacing a token changes other rows by {self.change_in_other_rows:g}"
             text += f" and its own by {self.change_in_the_row:.3g}"
@@ -117,7 +120,7 @@ def compare_rows(
             loss_alone=alone,
             change_in_other_rows=None if changes is None else float(changes[:, 0].max()),
             change_in_the_row=None if changes is None else float(changes[:, 1].min()),
-            loss_tolerance=LOSS_TOLERANCE[hidden.dtype],
+            loss_tolerance=max(LOSS_TOLERANCE[hidden.dtype], LOSS_SHARE[hidden.dtype] * alone / together.weight_sum),
             change_allowed=allowed,
         )
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from qlora_train.model.checkpointing import decoder_layers
 from qlora_train.recipe.load import load_recipe
 from qlora_train.train import speed as module
 from qlora_train.train.metrics import Silent
+from qlora_train.train.run import run_training
 from qlora_train.train.setup import Prepared, prepare
 from tests.commandline import write_recipe
 
@@ -187,3 +189,22 @@ def test_compiling_is_settled_before_memory(
     assert plain.speed.memory.choice.checkpointing.kind == "selective", "negative control"
     tight = prepared(tmp_path / "tight", tiny_llama_dir, **keys)
     assert tight.speed.compiled and tight.speed.memory.choice.checkpointing.kind == "full"
+
+
+class Watching(Silent):
+    """Notes at each step how many objects the garbage collector passes over."""
+
+    def __init__(self) -> None:
+        self.frozen: list[int] = []
+
+    def step(self, progress: Any) -> None:
+        self.frozen.append(gc.get_freeze_count())
+
+
+def test_the_collector_passes_over_the_libraries_while_steps_run(tmp_path: Path, tiny_llama_dir: Path) -> None:
+    """Hundreds of thousands of objects of torch and transformers: to walk them takes as long as a step on a card."""
+    recipe = write_recipe(tmp_path, tiny_llama_dir, train__max_steps=2, eval__generate_rows=0)
+    reporter = Watching()
+    run_training(load_recipe(recipe, ()), resume=False, from_step=None, reporter=reporter)
+    assert len(reporter.frozen) == 2 and min(reporter.frozen) > 100_000
+    assert gc.get_freeze_count() == 0, "afterwards it looks at everything again"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,42 @@ LOGGED = {
     "adalora": {"num_triplets", "extra_loss"},
     "aflora": {"num_frozen_tensors", "trainable_frac"},
     "mole": {"gate_0", "gate_1", "extra_loss"},
+    "loraplus": {"learning_rates"},
+    "lora_pro": {"rule_norm"},
+}
+
+
+def _ranks_fall(lines: list[dict[str, Any]]) -> None:
+    counts = [line["num_triplets"] for line in lines]
+    assert counts == sorted(counts, reverse=True) and counts[-1] < counts[0]
+
+
+def _all_is_frozen(lines: list[dict[str, Any]]) -> None:
+    shares = [line["trainable_frac"] for line in lines]
+    assert shares == sorted(shares, reverse=True) and shares[0] > 0 == shares[-1]
+
+
+def _gates_move(lines: list[dict[str, Any]]) -> None:
+    assert all(abs(line["gate_0"] + line["gate_1"] - 1) < 1e-5 for line in lines)
+    assert lines[0]["gate_0"] == 0.5 != lines[-1]["gate_0"]
+
+
+def _two_rates(lines: list[dict[str, Any]]) -> None:
+    assert all(line["learning_rates"]["B"] > line["learning_rates"]["A"] > 0 for line in lines[:-1])
+
+
+def _gradients_are_rewritten(lines: list[dict[str, Any]]) -> None:
+    """The norm that is clipped is that of the gradients; the rule's is of what takes their place."""
+    assert all(line["rule_norm"] > 0 and line["rule_norm"] != line["grad_norm"] for line in lines)
+
+
+# A method's rule or schedule, seen acting in the log of its steps.
+ACTS: dict[str, Callable[[list[dict[str, Any]]], None]] = {
+    "adalora": _ranks_fall,
+    "aflora": _all_is_frozen,
+    "mole": _gates_move,
+    "loraplus": _two_rates,
+    "lora_pro": _gradients_are_rewritten,
 }
 
 
@@ -69,6 +106,7 @@ def test_trained_resumed_and_exported(method: str, tiny_dir: Path, experts: list
     logged = [line for line in lines if line["kind"] == "train"]
     assert len(logged) == NUM_STEPS
     assert LOGGED.get(method, set()) <= logged[-1].keys()
+    ACTS.get(method, lambda lines: None)(logged)
 
     again = recipe(tmp_path / "again", tiny_dir, method, experts)
     assert run_cli("train", again, "--json").code == 0

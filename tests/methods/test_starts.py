@@ -280,3 +280,14 @@ def test_decay_and_dropout_that_would_undo_a_start_are_refused(method: str, fold
     assert dropped == (method in ("pissa", "loftq"))
     plain = write_recipe(tmp_path, folder, **{**keys, "adapter__method": "lora"})
     assert run_cli("check", plain).code == 0
+
+
+@pytest.mark.parametrize("base", ["original", "auto"])
+def test_a_correction_of_rounding_is_not_added_to_weights_without_rounding(
+    base: str, folder: Path, tmp_path: Path
+) -> None:
+    recipe = write_recipe(tmp_path, folder, adapter__method="loftq", adapter__dropout=0.0, train__max_steps=1)
+    assert run_cli("train", recipe).code == 0
+    outcome = run_cli("export", tmp_path / "run", tmp_path / "merged", f"export.base={base}")
+    assert outcome.code == 2 and f"export.base: {base} adds a correction of the quantisation error" in outcome.err
+    assert not (tmp_path / "merged").exists()

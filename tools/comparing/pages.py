@@ -88,9 +88,15 @@ def comparison(path: Path = FIGURES / "compare.json") -> str:
 
 
 def theory(path: Path = FIGURES / "methods.json") -> str:
-    """Each claim with its commands and its figures; those of `claims.py CLAIM --json` count before a proof's."""
-    reports = [_read(path.with_name(f"claim-{claim.prefixes[0].rstrip(':,')}.json")) for claim in CLAIMS]
-    proven = _read(path) or {"figures": []}
+    """Each claim with its commands and its figures; those of `claims.py CLAIM --json` and of the whole quantisation
+    study count before a proof's."""
+    proven, study = _read(path) or {"figures": []}, _read(path.with_name("quant.json"))
+    reports = [
+        _study_figures(study)
+        if study and claim.commands[0].startswith(f"{PYTHON} tools/quant_study.py")
+        else _read(path.with_name(f"claim-{claim.prefixes[0].rstrip(':,')}.json"))
+        for claim in CLAIMS
+    ]
     sections = [
         _section(number, claim, own or proven)
         for number, (claim, own) in enumerate(zip(CLAIMS, reports, strict=True), 1)
@@ -132,6 +138,27 @@ def _perplexity(code: str, figure: Mapping[str, float]) -> str:
 
 def _losses(losses: list[float]) -> str:
     return ", ".join(f"{loss:.4f}" for loss in losses)
+
+
+def _study_figures(study: Mapping[str, Any]) -> dict[str, Any]:
+    """What the study found, in a proof's form: differences of codes, and what training leaves of them."""
+    figures = []
+    for pair in study["pairs"]:
+        told = "" if abs(pair["difference"]) > 2 * pair["standard_error"] else ": not told apart"
+        what = f"{pair['set']}: {TITLES[pair['worse']]} above {TITLES[pair['better']]}"
+        figures.append((what, pair["difference"], f"± {pair['standard_error']:.4f}, paired by row{told}"))
+    trained = study["trained"]
+    if trained:
+        means = {base: sum(losses) / len(losses) for base, losses in trained.items()}
+        spread = max(max(losses) - min(losses) for losses in trained.values())
+        figures += [(f"LoRA on {base}: held-out loss", means[base], _losses(trained[base])) for base in trained]
+        figures.append(("LoRA: distance between two seeds, the larger one", spread, ""))
+        gap = means["nf4"] - means["bf16"]
+        note = "within the distance between seeds" if gap <= spread else "above the distance between seeds"
+        figures.append(("LoRA on NF4 above LoRA on bf16", gap, note))
+    plain = {"unit": "nats", "at_most": None, "at_least": None, "ok": True}
+    lines = [{"what": what, "value": value, "note": note, **plain} for what, value, note in figures]
+    return {"figures": lines, "sources": [_machine(study["machine"])]}
 
 
 def _section(number: int, claim: Claim, report: Mapping[str, Any]) -> str:

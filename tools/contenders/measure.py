@@ -1,8 +1,9 @@
 """Contenders side by side, each in its process: they take turns, step by step, at the same rows.
 
 A turn is one optimiser step. Of each set of rows the first step is counted and not timed; then each repeat of each
-number of threads is one more step, and the best counts. The memory peak is that of the second step: the optimiser's
-moments exist, and what earlier steps left free was given back.
+number of threads is one more step, and the best counts. Ours and the ceiling, whose steps are short and whose ratios
+are near their bars, make some more; a ratio is one of the best of equally many. The memory peak is that of the second
+step: the optimiser's moments exist, and what earlier steps left free was given back.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from contenders.processes import Worker
 # Largest difference of two losses at the same step, in nats: of the same computation in another order in bf16. Steps of
 # 160 supervised tokens differ by up to 0.02 between the peers' own padded and packed modes.
 LOSS_TOLERANCE = 0.05
+EXTRA_REPEATS = 2  # of the contenders that are quick
 
 
 @dataclass(frozen=True)
@@ -30,16 +32,17 @@ class Contender:
     worker: str
     title: str
     same_base: bool = True  # as ours; else its losses are not ours
+    is_quick: bool = False  # it makes EXTRA_REPEATS besides
 
 
 CONTENDERS = {
-    "ours": Contender("ours:full", "ours"),
-    "ours_bf16": Contender("ours:bf16", "ours, bf16 base", same_base=False),
+    "ours": Contender("ours:full", "ours", is_quick=True),
+    "ours_bf16": Contender("ours:bf16", "ours, bf16 base", same_base=False, is_quick=True),
     "trl_padded": Contender("trl_sft:padded", "TRL, documented"),
     "trl_packed": Contender("trl_sft:packed", "TRL, packed"),
     "peft_loop": Contender("peft_loop", "PEFT, plain loop"),
-    "ours_none": Contender("ours:none", "ours, memory to spare"),
-    "ceiling": Contender("ceiling", "ceiling: bare bf16 model", same_base=False),
+    "ours_none": Contender("ours:none", "ours, memory to spare", is_quick=True),
+    "ceiling": Contender("ceiling", "ceiling: bare bf16 model", same_base=False, is_quick=True),
     "ours_eager": Contender("ours:eager", "ours, not compiled"),
 }
 DEFAULT = tuple(CONTENDERS)
@@ -52,9 +55,9 @@ class Result:
     contender: str
     set_name: str
     threads: int
-    tokens_per_s: float  # the best repeat
-    supervised_per_s: float
-    body_tokens_per_s: float  # the best repeat, without the time of head and loss
+    rates: tuple[float, ...]  # tokens per second of each repeat
+    body_rates: tuple[float, ...]  # the same without the time of head and loss
+    supervised_per_s: float  # the best repeat
     peak_bytes: int  # above the loaded model: resident, or allocated on the card
     losses: tuple[float, ...]  # of every step of the set, nats per supervised token; the ceiling has none
     loss_gap: float | None  # largest distance from ours at the same step; None on another base, or without losses
@@ -64,6 +67,22 @@ class Result:
     saved_bytes: float  # per position and layer, for the backward pass, as it is trained
     layer_saved_bytes: float  # per position, by a layer of which nothing is recomputed
     matmul_frac: float  # of the machine's rate of bf16 matmuls, measured in the same run
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Of the best repeat."""
+        return max(self.rates)
+
+    @property
+    def body_tokens_per_s(self) -> float:
+        """Of the best repeat, without the time of head and loss."""
+        return max(self.body_rates)
+
+    def ratio(self, other: Result, *, head: bool = True) -> float:
+        """How many times as fast as the other: the best of equally many repeats, the first ones of each."""
+        mine, its = (self.rates, other.rates) if head else (self.body_rates, other.body_rates)
+        count = min(len(mine), len(its))
+        return max(mine[:count]) / max(its[:count])
 
     @property
     def agrees(self) -> bool:
@@ -99,7 +118,7 @@ def measure(
     repeats: int = 2,
     say: Callable[[str], None] = lambda text: None,
 ) -> Measured:
-    """Run everything. RuntimeError, with its last words, when a contender dies."""
+    """Run everything: `repeats` of each number of threads. RuntimeError, with its last words, when a contender dies."""
     machine = dict.fromkeys(threads, 0.0)
     with ExitStack() as stack:
         workers = _start(contenders, options, max(threads), stack, say)
@@ -107,14 +126,9 @@ def measure(
         steps: dict[str, dict[str, Any]] = {}
         for set_name in sets:
             heard = _train(workers, set_name, threads, repeats, options.device, machine, say)
-            first = next(iter(heard.values())).about
-            steps[set_name] = {key: first[key] for key in ("num_rows", "num_tokens", "num_supervised")}
-            for name, record in heard.items():
-                if any(record.about[key] != same for key, same in steps[set_name].items()):
-                    raise RuntimeError(f"{name} had other rows than {contenders[0]}")
-            for place, count in enumerate(threads):
-                timed = range(1 + place * repeats, 1 + (place + 1) * repeats)
-                results += [_result(name, set_name, count, timed, machine[count], heard) for name in heard]
+            steps[set_name] = _common_rows(heard, 1 + repeats * len(threads))
+            for count in threads:
+                results += [_result(name, set_name, count, machine[count], heard) for name in heard]
         facts = {name: worker.facts for name, worker in workers.items()}
     settings = {name: fact["settings"] for name, fact in facts.items()}
     first = next(iter(facts.values()))
@@ -127,7 +141,12 @@ class _Heard:
 
     loaded: dict[str, Any]
     about: dict[str, Any]
+    threads: list[int]  # of each step
     answers: list[dict[str, Any]]
+
+    def timed(self, threads: int) -> list[int]:
+        """The steps with so many threads, but for the first, which is counted."""
+        return [step for step, count in enumerate(self.threads) if step and count == threads]
 
     @property
     def losses(self) -> tuple[float, ...]:
@@ -145,19 +164,35 @@ def _train(
     say: Callable[[str], None],
 ) -> dict[str, _Heard]:
     """All steps of a set, in turn; notes in `machine` the best rate of matmuls seen between them."""
-    counts = [threads[0], *(count for count in threads for _ in range(repeats))]
-    heard = {
-        name: _Heard(worker.facts, worker.ask(set=set_name, num_steps=len(counts)), [])
-        for name, worker in workers.items()
-    }
-    for step, count in enumerate(counts):
-        say(f"{set_name}: step {step + 1} of {len(counts)}, threads: {count}")
+    for_all = [threads[0], *(count for count in threads for _ in range(repeats))]
+    for_quick = [*for_all, *(count for count in threads for _ in range(EXTRA_REPEATS))]
+    heard = {}
+    for name, worker in workers.items():
+        counts = for_quick if CONTENDERS[name].is_quick else for_all
+        heard[name] = _Heard(worker.facts, worker.ask(set=set_name, num_steps=len(counts)), counts, [])
+    for step, count in enumerate(for_quick):
+        say(f"{set_name}: step {step + 1} of {len(for_quick)}, threads: {count}")
         machine[count] = max(machine[count], matmul_flops_per_s(count, device))
         for name, worker in workers.items():
-            heard[name].answers.append(worker.ask(threads=count, count=step == 0, settle=step == 1))
+            if step < len(heard[name].threads):
+                heard[name].answers.append(worker.ask(threads=count, count=step == 0, settle=step == 1))
     for worker in workers.values():
         worker.finish()
     return heard
+
+
+def _common_rows(heard: dict[str, _Heard], num_steps: int) -> dict[str, Any]:
+    """Rows of a step, tokens and supervised tokens of those that all make; RuntimeError where they are not the same."""
+    found = {
+        name: {key: value[:num_steps] if isinstance(value, list) else value for key, value in record.about.items()}
+        for name, record in heard.items()
+    }
+    keys = ("num_rows", "num_tokens", "num_supervised")
+    first, *others = found
+    for name in others:
+        if any(found[name][key] != found[first][key] for key in keys):
+            raise RuntimeError(f"{name} had other rows than {first}")
+    return {key: found[first][key] for key in keys}
 
 
 def _start(
@@ -177,26 +212,25 @@ def _start(
     return workers
 
 
-def _result(
-    name: str, set_name: str, threads: int, timed: range, machine_flops_per_s: float, heard: dict[str, _Heard]
-) -> Result:
-    """What the answers of a contender say; `timed` are its steps with these threads."""
+def _result(name: str, set_name: str, threads: int, machine_flops_per_s: float, heard: dict[str, _Heard]) -> Result:
+    """What the answers of a contender say of its steps with these threads."""
     record = heard[name]
+    timed = record.timed(threads)
     tokens, supervised = record.about["num_tokens"], record.about["num_supervised"]
     seconds = {step: record.answers[step]["seconds"] for step in timed}
     body_s = {step: seconds[step] - record.answers[step]["head_s"] for step in timed}
     counts = record.answers[0]["counts"]
     flops = {part: counts["flops"].get(part, 0) / tokens[0] for part in PARTS}
-    rate = max(tokens[step] / seconds[step] for step in timed)
+    rates = tuple(tokens[step] / seconds[step] for step in timed)
     reference = heard.get("ours") if CONTENDERS[name].same_base else None
     passes = record.loaded["num_quantised"] * record.about["num_micro_batches"]
     return Result(
         contender=name,
         set_name=set_name,
         threads=threads,
-        tokens_per_s=rate,
+        rates=rates,
+        body_rates=tuple(tokens[step] / body_s[step] for step in timed),
         supervised_per_s=max(supervised[step] / seconds[step] for step in timed),
-        body_tokens_per_s=max(tokens[step] / body_s[step] for step in timed),
         peak_bytes=record.answers[1]["peak_bytes"] - record.loaded["loaded_bytes"],
         losses=record.losses,
         loss_gap=loss_gap(record.losses, reference.losses) if reference else None,
@@ -205,15 +239,15 @@ def _result(
         dequantisations=counts["num_dequantised"] / passes if passes else 0.0,
         saved_bytes=counts["saved_bytes"] / counts["positions"] / record.loaded["num_layers"],
         layer_saved_bytes=counts["layer_saved_bytes"] / counts["positions"],
-        matmul_frac=sum(flops.values()) * rate / machine_flops_per_s,
+        matmul_frac=sum(flops.values()) * max(rates) / machine_flops_per_s,
     )
 
 
 def loss_gap(losses: Sequence[float], reference: Sequence[float]) -> float:
-    """Largest distance at the same step, in nats; NaN when any loss is.
+    """Largest distance at the same step, of those that both have made, in nats; NaN when any loss is.
 
-    >>> loss_gap((2.0, 1.5), (2.0, 1.25))
+    >>> loss_gap((2.0, 1.5), (2.0, 1.25, 1.0))
     0.25
     """
-    gaps = [abs(loss - other) for loss, other in zip(losses, reference, strict=True)]
+    gaps = [abs(loss - other) for loss, other in zip(losses, reference, strict=False)]
     return nan if any(gap != gap for gap in gaps) else max(gaps)

@@ -71,7 +71,7 @@ def _speed(measured: Measured, set_name: str, threads: int) -> list[Bar]:
 def _ratio(one: Result, other: Result, *, head: bool = True) -> float:
     if not (one.agrees and other.agrees):
         return float("nan")
-    return one.tokens_per_s / other.tokens_per_s if head else one.body_tokens_per_s / other.body_tokens_per_s
+    return one.ratio(other, head=head)
 
 
 def _memory(measured: Measured, set_name: str) -> list[Bar]:

@@ -256,6 +256,12 @@ def test_the_page_of_the_quantisation_study_has_every_code(tmp_path: Path) -> No
     assert "| not quantised | 45.03 |" in text and "| NF4 | 45.03 (+0.4050 ± 0.0210 nats) |" in text
     assert "| Gaussian | 0.1000 | 0.1000 | 0.1000 | 0.1000 | 0.1000 |" in text
     assert "LoRA on bf16: held-out loss 1.9900, 2.0200 by seed." in text
+    pair = {"set": "shell", "better": "nf4", "worse": "fp4", "difference": 0.3, "standard_error": 0.1}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "pairs": [pair, {**pair, "difference": 0.1}]}))
+    claims_page = theory(tmp_path / "methods.json")
+    assert "| shell: FP4 above NF4 | 0.3 nats (± 0.1000, paired by row) | |" in claims_page
+    assert "| 0.1 nats (± 0.1000, paired by row: not told apart) |" in claims_page
+    assert "(within the distance between seeds) |" in claims_page
     assert text.endswith("Measured on a card, torch 2.15.")
     assert TITLES.keys() == CODES.keys()
 
