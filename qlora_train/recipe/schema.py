@@ -257,7 +257,9 @@ class TrainSection(Section):
     schedule: Literal["linear", "cosine", "constant"] = Field("cosine", description="Shape after the warm-up.")
     warmup_frac: Fraction = Field(0.03, description="Share of the steps in which the rate rises.")
     weight_decay: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)] = Field(
-        0.0, description="Decoupled decay of A and B towards zero; scaling vectors and rows of new tokens do not decay."
+        0.0,
+        description="Decoupled decay of A and B towards zero; scaling vectors and rows of new tokens do not decay. Refused "
+        "where A and B start as a part of the weights: pissa, loftq, milora, olora, lora_ga.",
     )
     adam_beta1: Fraction = Field(0.9, description="Decay of AdamW's first moment.")
     adam_beta2: Fraction = Field(0.999, description="Decay of AdamW's second moment (the QLoRA paper's).")
