@@ -59,7 +59,7 @@ class _Siblings:
             self._made_for, self._state = x, self._state_of(x)
         result = self._waiting.pop(layer)
         if not self._waiting:
-            self._made_for = None  # nothing may keep activations alive
+            self._made_for, self._made_of = None, ()  # nothing may keep activations or an adapter alive
         return result
 
     def _tensors(self) -> tuple[Tensor, ...]:
@@ -67,7 +67,8 @@ class _Siblings:
 
     def _state_of(self, x: Tensor) -> object:
         """Another one when what was computed does not hold any more."""
-        return torch.is_grad_enabled(), [content_state(tensor) for tensor in (x, *self._made_of)]
+        how = [(layer.training, layer.active_adapter) for layer in self._layers]
+        return torch.is_grad_enabled(), how, [content_state(tensor) for tensor in (x, *self._made_of)]
 
 
 class _OwnForward:

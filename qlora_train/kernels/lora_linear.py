@@ -138,7 +138,7 @@ class _Join(torch.autograd.Function):
             # (r, M) x (M, O) reads dy once, in the order in which it lies in memory. Laid out as B is, a gradient is
             # taken over by autograd as it is.
             grad_B_Or = (down_Mr.t() @ grad_MO).t().to(torch.float32, memory_format=torch.contiguous_format)
-            grads_B.append(grad_B_Or.mul_(branch.scaling))
+            grads_B.append(grad_B_Or.contiguous().mul_(branch.scaling))
             if ctx.needs_input_grad[0]:
                 weight_OI = branch.base.dense(grad_MO.dtype)
                 grad_x_MI = grad_MO @ weight_OI if grad_x_MI is None else grad_x_MI.addmm_(grad_MO, weight_OI)

@@ -87,7 +87,9 @@ class AdapterSection(Section):
     )
     alpha: PositiveFloat = Field(32.0, description="The update is scaled by alpha / r. 2 r is the usual start.")
     dropout: Fraction = Field(
-        0.0, description="Share of the adapter's inputs zeroed. 0.05 helps below about 5,000 rows."
+        0.0,
+        description="Share of the adapter's inputs zeroed. 0.05 helps below about 5,000 rows. Not for pissa and loftq, "
+        "whose adapter holds a part of the weights.",
     )
     target_modules: Literal["all-linear"] | tuple[Name, ...] = Field(
         "all-linear",
@@ -258,8 +260,8 @@ class TrainSection(Section):
     warmup_frac: Fraction = Field(0.03, description="Share of the steps in which the rate rises.")
     weight_decay: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)] = Field(
         0.0,
-        description="Decoupled decay of A and B towards zero; scaling vectors and rows of new tokens do not decay. Refused "
-        "where A and B start as a part of the weights: pissa, loftq, milora, olora, lora_ga.",
+        description="Decoupled decay of A and B towards zero; scaling vectors and rows of new tokens do not decay. "
+        "Refused where A and B start away from zero: loftq, pissa, milora, olora, lora_ga.",
     )
     adam_beta1: Fraction = Field(0.9, description="Decay of AdamW's first moment.")
     adam_beta2: Fraction = Field(0.999, description="Decay of AdamW's second moment (the QLoRA paper's).")
@@ -342,7 +344,8 @@ class ExportSection(Section):
         "dequantized",
         description="What the adapter is merged onto. dequantized: the weights it was trained on, so that the result "
         "is the trained model; original: those before quantising, another model, whose price is measured; auto: both "
-        "are measured on held-out rows, and the original weights are taken only where they answer better.",
+        "are measured on held-out rows, and the original weights are taken only where they answer better. For loftq "
+        "only dequantized.",
     )
     compare_rows: PositiveInt = Field(
         128, description="Held-out rows on which `base: auto` compares the ways to merge."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -120,11 +121,17 @@ def compare_rows(
             loss_alone=alone,
             change_in_other_rows=None if changes is None else float(changes[:, 0].max()),
             change_in_the_row=None if changes is None else float(changes[:, 1].min()),
-            loss_tolerance=max(LOSS_TOLERANCE[hidden.dtype], LOSS_SHARE[hidden.dtype] * alone / together.weight_sum),
+            loss_tolerance=_tolerance(hidden.dtype, alone / together.weight_sum),
             change_allowed=allowed,
         )
     finally:
         causal.model.train(was_training)
+
+
+def _tolerance(dtype: torch.dtype, loss: float) -> float:
+    """Nats per supervised token, for rows of such a loss; one that is no number allows nothing more."""
+    share = LOSS_SHARE[dtype] * loss
+    return max(LOSS_TOLERANCE[dtype], share) if math.isfinite(share) else LOSS_TOLERANCE[dtype]
 
 
 def has_experts(causal: CausalModel) -> bool:

@@ -25,7 +25,7 @@ from qlora_train.model.start import Weights, parameter_of, rebuild, start_from_w
 from qlora_train.quant.bnb import dequantize
 from qlora_train.quant.fingerprint import print_base
 from qlora_train.recipe.methods import METHODS
-from qlora_train.recipe.schema import AdapterSection
+from qlora_train.recipe.schema import AdapterSection, TrainSection
 from qlora_train.train.optim import parameter_groups
 from tests.commandline import run_cli, write_recipe
 from tests.loading import CPU, tiny_base
@@ -291,3 +291,8 @@ def test_a_correction_of_rounding_is_not_added_to_weights_without_rounding(
     outcome = run_cli("export", tmp_path / "run", tmp_path / "merged", f"export.base={base}")
     assert outcome.code == 2 and f"export.base: {base} adds a correction of the quantisation error" in outcome.err
     assert not (tmp_path / "merged").exists()
+
+
+def test_the_schema_names_the_methods_that_refuse_decay() -> None:
+    about = str(TrainSection.model_fields["weight_decay"].description)
+    assert about.endswith(f": {', '.join(name for name, row in METHODS.items() if not row.zero_is_base)}.")

@@ -226,6 +226,28 @@ def test_siblings_share_a_pass_and_never_a_stale_result(tiny_llama_dir: Path) ->
     assert (v(x) - together[2]).abs().max() > 0.1
 
 
+def test_siblings_do_not_answer_for_another_mode_or_adapter(tiny_llama_dir: Path) -> None:
+    model = with_adapter(tiny_base(tiny_llama_dir))
+    attention = model.get_submodule("base_model.model.model.layers.0.self_attn")
+    q, k = attention.q_proj, attention.k_proj
+    x = torch.randn(5, q.in_features)
+    model.add_adapter("other", model.peft_config["default"])
+    use_fused(model)
+    torch.nn.init.normal_(k.lora_B["other"].weight)
+    model.eval()
+    q(x)
+    model.set_adapter("other")
+    switched = k(x)
+    model.set_adapter("default")
+    assert (k(x) - switched).abs().max() > 0.1
+    k.lora_dropout["default"] = torch.nn.Dropout(0.5)
+    torch.nn.init.normal_(k.lora_B["default"].weight)
+    still = k(x)
+    q(x)
+    model.train()
+    assert (k(x) - still).abs().max() > 0.1, "with dropout now"
+
+
 def test_an_output_that_nobody_reads_costs_no_gradient(tiny_llama_dir: Path) -> None:
     model = with_adapter(tiny_base(tiny_llama_dir))
     attention = model.get_submodule("base_model.model.model.layers.1.self_attn")

@@ -259,8 +259,9 @@ def test_the_page_of_the_quantisation_study_has_every_code(tmp_path: Path) -> No
     pair = {"set": "shell", "better": "nf4", "worse": "fp4", "difference": 0.3, "standard_error": 0.1}
     path.write_text(json.dumps({**json.loads(path.read_text()), "pairs": [pair, {**pair, "difference": 0.1}]}))
     claims_page = theory(tmp_path / "methods.json")
-    assert "| shell: FP4 above NF4 | 0.3 nats (± 0.1000, paired by row) | |" in claims_page
-    assert "| 0.1 nats (± 0.1000, paired by row: not told apart) |" in claims_page
+    assert "| shell: FP4 above NF4 | 0.3 nats (± 0.1000, paired by row) | at least 0 |" in claims_page
+    assert "| 0.1 nats (± 0.1000, paired by row: not told apart) | at least 0 |" in claims_page
+    assert "| weights, Gaussian: error of NF4 beside the better of FP4 and INT4 | 1 | at most 1 |" in claims_page
     assert "(within the distance between seeds) |" in claims_page
     assert text.endswith("Measured on a card, torch 2.15.")
     assert TITLES.keys() == CODES.keys()

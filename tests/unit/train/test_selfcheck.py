@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -139,6 +140,8 @@ def test_a_large_loss_may_be_rounded_by_a_share_of_it(monkeypatch: pytest.Monkey
     usual = check(model)
     assert usual.loss_tolerance == pytest.approx(1e-4 * max(1.0, usual.loss_alone / usual.weight_sum))
     monkeypatch.setattr(module, "LOSS_SHARE", {torch.float32: 0.5})
+    for loss in (math.inf, math.nan):
+        assert module._tolerance(torch.float32, loss) == 1e-4
     wide = check(model)
     assert wide.loss_tolerance == pytest.approx(0.5 * wide.loss_alone / wide.weight_sum)
 
