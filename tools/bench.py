@@ -20,7 +20,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
 from contenders.job import LEAST_FILL, SETS, Options
-from contenders.measure import CONTENDERS, DEFAULT, EXTRA_REPEATS, LOSS_TOLERANCE, Measured, Result, measure
+from contenders.measure import DEFAULT, EXTRA_REPEATS, Measured, measure
+from contenders.results import CONTENDERS, LOSS_TOLERANCE, Result
 from contenders.scaling import Point, measure_point, sizes
 from rich.console import Console
 from rich.table import Table

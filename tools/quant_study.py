@@ -45,20 +45,6 @@ class Study:
     loader_gap: float  # between the rounded dense model and the 4-bit layers, nats
     trained: dict[str, list[float]]  # base -> held-out loss of each seed
 
-    @property
-    def gap(self) -> float:
-        """Mean held-out loss after training on NF4 above that on bf16, in nats."""
-        return _mean(self.trained["nf4"]) - _mean(self.trained["bf16"])
-
-    @property
-    def spread(self) -> float:
-        """The larger of the two distances between the seeds."""
-        return max(max(losses) - min(losses) for losses in self.trained.values())
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
-
 
 def measure_codes(max_rows: int | None, shared: Iterable[str] = (), say: Any = print) -> dict[str, Any]:
     """Losses by set and code, the paired differences, relative errors of weights, and the gap to the 4-bit layers."""
@@ -126,7 +112,7 @@ def measure_training(sample: bool, *, threads: int, shared: Iterable[str] = (), 
 
 def show(study: Study, console: Console) -> None:
     """The tables, each with what it says."""
-    from comparing.pages import TITLES
+    from comparing.pages import TITLES, gap_and_spread
 
     table = Table(title="Held-out perplexity without training; in brackets nats above bf16 ± standard error by rows")
     for heading in ("code", *study.sets):
@@ -154,16 +140,16 @@ def show(study: Study, console: Console) -> None:
     if study.trained:
         for base, losses in study.trained.items():
             console.print(f"LoRA on {base}: held-out loss {', '.join(f'{loss:.4f}' for loss in losses)}")
-        console.print(f"  NF4 above bf16: {study.gap:+.4f} nats; between seeds: {study.spread:.4f}", highlight=False)
+        gap, spread = gap_and_spread(study.trained)
+        console.print(f"  NF4 above bf16: {gap:+.4f} nats; between seeds: {spread:.4f}", highlight=False)
 
 
 def pair_text(pair: dict[str, Any]) -> str:
     """A difference in words: told apart from noise by two standard errors, or not."""
-    from comparing.pages import TITLES
+    from comparing.pages import TITLES, told_apart
 
-    clear = abs(pair["difference"]) > 2 * pair["standard_error"]
     worse, better = TITLES[pair["worse"]], TITLES[pair["better"]]
-    verdict = "" if clear else ": not told apart"
+    verdict = "" if told_apart(pair) else ": not told apart"
     return f"{pair['set']}: {worse} is {pair['difference']:+.4f} ± {pair['standard_error']:.4f} above {better}{verdict}"
 
 

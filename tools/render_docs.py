@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from comparing.pages import comparison, quantisation, theory
-from contenders.measure import CONTENDERS, LOSS_TOLERANCE
+from contenders.results import CONTENDERS, Result
 from methods_table import methods_table
 
 from qlora_train.environment import processor_text
@@ -153,17 +153,17 @@ def card_speed() -> str:
     """Ours and the peers on a card, from `tools/bench.py --device cuda --json`. Of the stored run the best repeat alone
     was kept of each contender; ratios are of the best of equally many, as there."""
     report = load_figures("card")
-    ours = next(found for found in report["results"] if found["contender"] == "ours")
+    results = [Result(**found) for found in report["results"]]
+    ours = next(result for result in results if result.contender == "ours")
     lines = ["| | tokens/s | ours ÷ it | MiB above the loaded model | dequantisations | base MFLOP per token |"]
     lines.append("|---|---|---|---|---|---|")
-    for found in report["results"]:
-        rate, count = max(found["rates"]), min(len(found["rates"]), len(ours["rates"]))
-        ratio = f"{max(ours['rates'][:count]) / max(found['rates'][:count]):.2f}" if found is not ours else ""
-        if found["loss_gap"] is not None and found["loss_gap"] > LOSS_TOLERANCE:
-            ratio = f"({ratio})"
+    for result in results:
+        ratio = f"{ours.ratio(result):.2f}" if result is not ours else ""
+        ratio = ratio if result.agrees else f"({ratio})"
         lines.append(
-            f"| {CONTENDERS[found['contender']].title} | {rate:,.0f} | {ratio} | {found['peak_bytes'] / 2**20:,.0f} "
-            f"| {found['dequantisations']:.2f} | {found['flops_per_token']['base'] / 1e6:,.0f} |"
+            f"| {CONTENDERS[result.contender].title} | {result.tokens_per_s:,.0f} | {ratio} "
+            f"| {result.peak_bytes / 2**20:,.0f} | {result.dequantisations:.2f} "
+            f"| {result.flops_per_token['base'] / 1e6:,.0f} |"
         )
     machine = report["machine"]
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())

@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from comparing.table import markdown
@@ -140,20 +141,30 @@ def _losses(losses: list[float]) -> str:
     return ", ".join(f"{loss:.4f}" for loss in losses)
 
 
+def told_apart(pair: Mapping[str, Any]) -> bool:
+    """Whether a difference is more than two standard errors."""
+    return bool(abs(pair["difference"]) > 2 * pair["standard_error"])
+
+
+def gap_and_spread(trained: Mapping[str, list[float]]) -> tuple[float, float]:
+    """Mean held-out loss after training on NF4 above that on bf16, and the larger distance between seeds; nats."""
+    spread = max(max(losses) - min(losses) for losses in trained.values())
+    return fmean(trained["nf4"]) - fmean(trained["bf16"]), spread
+
+
 def _study_figures(study: Mapping[str, Any]) -> dict[str, Any]:
     """What the study found, in a proof's form: differences of codes, and what training leaves of them."""
     figures = []
     for pair in study["pairs"]:
-        told = "" if abs(pair["difference"]) > 2 * pair["standard_error"] else ": not told apart"
+        told = "" if told_apart(pair) else ": not told apart"
         what = f"{pair['set']}: {TITLES[pair['worse']]} above {TITLES[pair['better']]}"
         figures.append((what, pair["difference"], f"± {pair['standard_error']:.4f}, paired by row{told}"))
     trained = study["trained"]
     if trained:
-        means = {base: sum(losses) / len(losses) for base, losses in trained.items()}
-        spread = max(max(losses) - min(losses) for losses in trained.values())
+        means = {base: fmean(losses) for base, losses in trained.items()}
+        gap, spread = gap_and_spread(trained)
         figures += [(f"LoRA on {base}: held-out loss", means[base], _losses(trained[base])) for base in trained]
         figures.append(("LoRA: distance between two seeds, the larger one", spread, ""))
-        gap = means["nf4"] - means["bf16"]
         note = "within the distance between seeds" if gap <= spread else "above the distance between seeds"
         figures.append(("LoRA on NF4 above LoRA on bf16", gap, note))
     plain = {"unit": "nats", "at_most": None, "at_least": None, "ok": True}

@@ -15,6 +15,7 @@ from typing import Any
 from comparing import claims
 from comparing.entrants import REFERENCE, entrants
 from comparing.ledger import Ledger
+from comparing.pages import gap_and_spread
 from comparing.sweep import Sweep
 from comparing.table import figures
 from comparing.trial import FULL, SAMPLE, WORK, search_files
@@ -94,8 +95,7 @@ def _after_training(full: bool) -> list[Bar]:
     if not full:
         return []
     trained: dict[str, list[float]] = measure_training(sample=False, threads=THREADS)["trained"]
-    spread = max(max(losses) - min(losses) for losses in trained.values())
-    gap = mean(trained["nf4"]) - mean(trained["bf16"])
+    gap, spread = gap_and_spread(trained)
     within = "within" if gap <= spread else "above"
     return [
         *(Bar(f"LoRA on {base}: held-out loss", mean(losses), "nats") for base, losses in trained.items()),

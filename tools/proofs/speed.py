@@ -10,8 +10,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from contenders.job import SETS, Options
-from contenders.measure import Measured, Result
+from contenders.measure import Measured
 from contenders.measure import measure as run_contenders
+from contenders.results import Result
 
 from proofs.common import ROOT, Bar, tests_pass
 

@@ -359,6 +359,6 @@ def test_peers_lose_what_we_lose_at_every_step(tmp_path: Path) -> None:
     results = {result["contender"]: result for result in json.loads(figures.read_text())["results"]}
     assert set(results) == set(names.split(","))
     assert all(len(result["losses"]) == 2 for result in results.values())
-    tolerance = tool("contenders.measure").LOSS_TOLERANCE
+    tolerance = tool("contenders.results").LOSS_TOLERANCE
     assert all(result["loss_gap"] <= tolerance for result in results.values()), results
     assert results["ours"]["losses"][0] - results["ours"]["losses"][1] > 2 * tolerance  # they learn

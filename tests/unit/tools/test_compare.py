@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from comparing.rates import FACTOR, MAX_RATES, best_rate, is_inside, next_rate
 from comparing.sweep import Sweep
 from comparing.table import cells, figures, markdown
 from comparing.trial import FULL, SAMPLE, Failed, Trial, search_files
-from proofs.common import Bar
+from proofs.common import ROOT, Bar
 
 from qlora_train.recipe.load import load_recipe
 from qlora_train.recipe.methods import METHODS
@@ -243,6 +244,11 @@ def test_the_page_shows_each_claim_with_its_figures_and_what_does_not_hold(tmp_p
     text = theory(path)
     assert "| rank: r = 1 | 2.25 nats | |\n\nMade with: a card." in text and "2.5 nats" not in text
     assert all("Not measured yet" in page(tmp_path / "none.json") for page in (comparison, quantisation))
+
+
+def test_pages_are_made_without_torch() -> None:
+    code = "import sys, render_docs; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT / "tools", check=False).returncode == 0
 
 
 def test_the_page_of_the_quantisation_study_has_every_code(tmp_path: Path) -> None:
