@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from pathlib import Path
 
 import psutil
@@ -67,15 +65,3 @@ def _group_free_bytes(group: Path, limit: str, usage: str, inactive: str) -> int
     except (OSError, ValueError):
         return None
     return max(0, most - used + int(statistics.get(inactive, 0)))
-
-
-def return_freed_memory() -> None:
-    """Give the pages of freed blocks back to the system.
-
-    glibc keeps freed blocks of up to 32 MiB in its heap, where they split up: a training process on a CPU grew from
-    step to step to three times what its tensors take. Once a step it costs a percent of the time. Nothing happens where
-    the C library has no such call.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from qlora_train.adapters.hooks import NO_HOOKS, MethodHooks
 from qlora_train.data.loader import MicroBatch
 from qlora_train.errors import NumericsError
-from qlora_train.memory.available import return_freed_memory
+from qlora_train.memory.heap import HEAP
 from qlora_train.model.causal import CausalModel
 from qlora_train.seeds import derive_seed
 from qlora_train.train.optim import set_learning_rate
@@ -136,7 +136,7 @@ def train_step(
         raise
     optimizer.zero_grad(set_to_none=True)
     if accelerator.device.type == "cpu":
-        return_freed_memory()
+        HEAP.after_step()
     return StepResult(
         loss,
         norm,
