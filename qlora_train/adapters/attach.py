@@ -15,6 +15,8 @@ from qlora_train.adapters.config import AdapterConfig, build_config, section_con
 from qlora_train.adapters.experts import fill_experts, mixture_config
 from qlora_train.adapters.forms.base import Form
 from qlora_train.adapters.forms.delta import select_modules
+from qlora_train.adapters.forms.mole import MixtureForm
+from qlora_train.adapters.layer_gates import share_gates
 from qlora_train.adapters.layers import LoraEmbedding, adapted_layers, use_fused
 from qlora_train.adapters.state import has_embeddings, load_adapter_config, restore_adapter, split_name
 from qlora_train.adapters.tokens import NewTokens, build_peft_model, indices_for, start_rows, token_layers
@@ -64,7 +66,7 @@ def attach_adapter(
     else:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(seed, "adapter"))
-            peft_model = build_peft_model(model, _new_config(model, section, tokens))
+            peft_model = _built(model, _new_config(model, section, tokens))
         if tokens is not None:
             start_rows(peft_model, tokens, ADAPTER_NAME)
         if METHODS[section.method].start == "experts":
@@ -73,6 +75,14 @@ def attach_adapter(
         if fused:
             use_fused(peft_model)
     check_attached(peft_model)
+    return peft_model
+
+
+def _built(model: nn.Module, config: AdapterConfig) -> PeftModel:
+    """PEFT's model, with what a form has besides the tensors of single layers."""
+    peft_model = build_peft_model(model, config)
+    if isinstance(config.form, MixtureForm) and config.form.granularity == "layer":
+        share_gates(peft_model, config.form, ADAPTER_NAME, trainable=not config.inference_mode)
     return peft_model
 
 
@@ -114,7 +124,7 @@ def load_adapter(
         config.lora_dropout = dropout
     config.inference_mode = not trainable
     with torch.random.fork_rng(devices=[]):
-        peft_model = build_peft_model(model, config)
+        peft_model = _built(model, config)
     restore_adapter(peft_model, folder)
     if fused:
         use_fused(peft_model)

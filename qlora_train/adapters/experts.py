@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from qlora_train.adapters.config import AdapterConfig, build_config
+from qlora_train.adapters.config import AdapterConfig, build_config, section_options
 from qlora_train.adapters.fold import read_deltas
 from qlora_train.adapters.inits.residual import takes_from_base
 from qlora_train.adapters.layers import Lora4bit, LoraFloat, lora_layers
@@ -42,7 +42,7 @@ def mixture_config(section: AdapterSection) -> AdapterConfig:
     rank = width * len(experts)
     return build_config(
         METHODS[section.method],
-        {"experts": [label_of(folder) for folder in section.experts], "balance": section.balance},
+        {**section_options(section), "experts": [label_of(folder) for folder in section.experts]},
         r=rank,
         lora_alpha=rank,
         lora_dropout=section.dropout,

@@ -77,6 +77,7 @@ class _OwnForward:
     num_fallbacks = 0
     frozen: FrozenLinear | None = None  # None: the plain twin of the fused function
     siblings: _Siblings | None = None
+    layer_gate: Any = None  # adapters/layer_gates.py: of the decoder layer, where its matrices share one
 
     def resolve_lora_variant(self, *, config: LoraConfig, **kwargs: Any) -> LoraVariant | None:
         """The method's form, which PEFT calls a variant; its own plain form is no variant at all."""

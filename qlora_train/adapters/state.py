@@ -40,6 +40,8 @@ _KNOWN_FIELDS = frozenset(
 # PEFT must not take a folder for plain LoRA that only we compute right: this kind of adapter it does not know.
 _OWN_TYPE = "QLORA_TRAIN"
 _TAG = "qlora_train"
+# Options that a method did not have once: what a folder of that time means.
+_BEFORE: dict[str, dict[str, object]] = {"mole": {"granularity": "matrix"}}
 # Starts that change no base: the saved A and B are the whole adapter.
 _ALLOWED_VALUES: dict[str, tuple[object, ...]] = {
     "task_type": ("CAUSAL_LM", None),
@@ -125,6 +127,7 @@ def _method(path: Path, data: dict[str, Any]) -> tuple[Method, dict[str, Any]]:
     if row is None or row.is_peft or not isinstance(options, dict):
         raise ModelError(f"{path}: {_TAG} names no method of ours: {json.dumps(tag)[:80]}", fix="restore the file")
     try:
+        options = _BEFORE.get(row.name, {}) | options
         if options.keys() != set(row.options):
             raise ValueError(f"the options of {row.name} are {', '.join(row.options) or 'none'}")
         # Values pass the recipe's own checks: a path is a text in JSON, a list stands for a tuple.

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from qlora_train.adapters.arithmetic import concatenated, delta_svd, folded, inner_product, norm
 from qlora_train.adapters.fold import Delta, Update
-from qlora_train.adapters.forms.mole import MixtureForm
+from qlora_train.adapters.forms.mole import Granularity, MixtureForm
 from qlora_train.adapters.state import MAX_RANK, WEIGHTS, read_adapter_tensors, split_name
 from qlora_train.adapters.updates import VocabularyRows
 from qlora_train.analysis.compress import Ask, ResizedModule, resized
@@ -63,6 +63,7 @@ class AdapterInfo:
     modules: tuple[ModuleInfo, ...]
     token_rows: dict[str, int]  # trained rows of new tokens, by table
     num_experts: int  # that a router weighs for each token; 0 where there is none
+    granularity: Granularity | None  # of the router's gates
 
 
 def describe_adapter(path: Path) -> AdapterInfo:
@@ -90,6 +91,7 @@ def describe_adapter(path: Path) -> AdapterInfo:
         )
     targets = opened.config.target_modules
     manifest = opened.manifest
+    mixture = form if isinstance(form := opened.config.form, MixtureForm) else None
     return AdapterInfo(
         folder=opened.folder,
         method=opened.method.name,
@@ -105,7 +107,8 @@ def describe_adapter(path: Path) -> AdapterInfo:
         made=manifest.get("made"),
         modules=tuple(modules),
         token_rows=tables,
-        num_experts=form.num_experts if isinstance(form := opened.config.form, MixtureForm) else 0,
+        num_experts=mixture.num_experts if mixture else 0,
+        granularity=mixture.granularity if mixture else None,
     )
 
 

@@ -30,7 +30,9 @@ def info(result: AdapterInfo, *, every_module: bool) -> None:
     names = dict.fromkeys(name_of(module.module) for module in result.modules)
     say(f"on {', '.join(names)}: {len(result.modules)} modules")
     if result.num_experts:
-        say(f"{result.num_experts} experts of r = {ranks[-1] // result.num_experts}, weighed anew for each token")
+        who = "every matrix" if result.granularity == "matrix" else "all matrices of a decoder layer alike"
+        each = f"{result.num_experts} experts of r = {ranks[-1] // result.num_experts}"
+        say(f"{each}, weighed anew for each token, for {who}")
     for module, count in result.token_rows.items():
         say(f"and {count} rows of new tokens in {module}")
     size = f"{result.num_params:,} parameters in {', '.join(result.dtypes)}, {result.num_bytes / 2**20:,.1f} MiB"

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface
 
+from qlora_train.adapters.layer_gates import ungated
 from qlora_train.adapters.layers import adapted_layers
 from qlora_train.errors import first_line
 from qlora_train.model.attention import ATTENTION_NAME, row_attention
@@ -32,7 +33,12 @@ def compile_layers(model: nn.Module) -> None:
     AttentionInterface.register(ATTENTION_NAME, torch.compiler.disable(row_attention))
     for layer in decoder_layers(model):
         # transformers wraps the forward of each layer class in its checkpointing; compiled is what is inside.
-        layer.compiled_forward = _compiled(type(layer).forward.__wrapped__)
+        kind = ungated(type(layer))
+        compiled = _compiled(kind.forward.__wrapped__)
+        if kind is type(layer):
+            layer.compiled_forward = compiled
+        else:  # the gate stays outside: it must be closed whatever happens inside
+            layer.inside = compiled
 
 
 @cache

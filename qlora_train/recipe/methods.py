@@ -234,7 +234,7 @@ METHODS: dict[str, Method] = {
             schedule="balance",
             merges="none",
             trains=("lora_mole_gate", "lora_mole_tau"),
-            options=("experts", "balance"),
+            options=("experts", "balance", "granularity"),
             without=("r", "alpha", "target_modules", "init_from"),
             learning_rate="1e-4 to 1e-3",
         ),

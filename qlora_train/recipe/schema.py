@@ -132,6 +132,11 @@ class AdapterSection(Section):
     balance: Annotated[float, Field(ge=0, le=1e3, allow_inf_nan=False)] = Field(
         0.01, description="mole: weight of the penalty on experts that are hardly used; 0 turns it off."
     )
+    granularity: Literal["matrix", "layer"] = Field(
+        "matrix",
+        description="mole: what has a gate of its own. matrix: every adapted matrix, by its own input; layer: every "
+        "decoder layer, by the layer's input, for all its matrices alike: fewer gates, less memory.",
+    )
     parameters: tuple[Name, ...] = Field(
         ("norm",),
         description="delta: what is trained. norm: weights and biases of normalisation layers; bias: biases of linear "

@@ -38,6 +38,8 @@ KEYS: dict[str, dict[str, Any]] = {
     "adalora": {"r": 6, "target_r": 4, "schedule_every": 2, "schedule_start_frac": 0.1},
     "aflora": {"schedule_every": 2, "schedule_start_frac": 0.1},
 }
+# Every method, and ways of one that compute otherwise than its default does.
+WAYS: dict[str, dict[str, Any]] = {name: {} for name in METHODS} | {"mole layer": {"granularity": "layer"}}
 RATES = {"adalora": 5e-2, "mole": 5e-2, "delta": 1e-2}  # of a few steps on one batch; 5e-3 for the others
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from qlora_train.recipe.methods import METHODS
 from tests.commandline import run_cli, write_recipe
-from tests.methods.cases import section_of
+from tests.methods.cases import WAYS, section_of
 from tests.tiny import build_tiny_llama
 
 NUM_STEPS = 6
@@ -63,9 +63,9 @@ ACTS: dict[str, Callable[[list[dict[str, Any]]], None]] = {
 }
 
 
-def recipe(folder: Path, model: Path, method: str, experts: list[Path]) -> Path:
+def recipe(folder: Path, model: Path, method: str, experts: list[Path], **keys: Any) -> Path:
     """The method on the tiny model; what is left at its default is left out."""
-    section = section_of(method, experts, **KEYS.get(method, {}))
+    section = section_of(method, experts, **{**KEYS.get(method, {}), **keys})
     given = {key: value for key, value in section.model_dump(mode="json").items() if key in section.model_fields_set}
     folder.mkdir()
     path = write_recipe(
@@ -97,9 +97,10 @@ def test_an_adapted_embedding_is_looked_into_as_the_product_it_is(tmp_path: Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
-def test_trained_resumed_and_exported(method: str, tiny_dir: Path, experts: list[Path], tmp_path: Path) -> None:
-    straight = recipe(tmp_path / "straight", tiny_dir, method, experts)
+@pytest.mark.parametrize("way", WAYS)
+def test_trained_resumed_and_exported(way: str, tiny_dir: Path, experts: list[Path], tmp_path: Path) -> None:
+    method, keys = way.partition(" ")[0], WAYS[way]
+    straight = recipe(tmp_path / "straight", tiny_dir, method, experts, **keys)
     outcome = run_cli("train", straight, "--json")
     assert outcome.code == 0, outcome.err
     lines = [json.loads(line) for line in (straight.parent / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -108,7 +109,7 @@ def test_trained_resumed_and_exported(method: str, tiny_dir: Path, experts: list
     assert LOGGED.get(method, set()) <= logged[-1].keys()
     ACTS.get(method, lambda lines: None)(logged)
 
-    again = recipe(tmp_path / "again", tiny_dir, method, experts)
+    again = recipe(tmp_path / "again", tiny_dir, method, experts, **keys)
     assert run_cli("train", again, "--json").code == 0
     resumed = run_cli("train", again, "--resume", "--from", "3", "--json")
     assert resumed.code == 0, resumed.err
@@ -139,6 +140,8 @@ def test_trained_resumed_and_exported(method: str, tiny_dir: Path, experts: list
         ({"method": "adalora", "r": 4, "target_r": 4}, "adapter.target_r: 4 is not below adapter.r, 4"),
         ({"method": "aflora", "schedule_start_frac": 0.5, "schedule_end_frac": 0.5}, "no step is left between them"),
         ({"method": "mole", "experts": ["nowhere"]}, "adapter.experts names 1 adapters"),
+        ({"method": "lora", "granularity": "layer"}, "remove granularity; it belongs to mole"),
+        ({"method": "mole", "granularity": "block"}, 'adapter.granularity: "block" is not one of matrix, layer'),
         ({"method": "mole", "r": 8, "experts": []}, "adapter.r has no effect: adapter.method is mole"),
         ({"method": "delta", "alpha": 8}, "adapter.alpha has no effect: adapter.method is delta"),
         ({"method": "florra_core"}, "did you mean flora_core?"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from qlora_train.quant.bnb import linear4bit_modules
 from qlora_train.quant.fingerprint import print_base
 from qlora_train.recipe.methods import METHODS
 from tests.loading import tiny_base
-from tests.methods.cases import IDS, Case, build, dense_twin_of, reloaded, section_of, trained_tensors
+from tests.methods.cases import IDS, WAYS, Case, build, dense_twin_of, reloaded, section_of, trained_tensors
 
 NUM_STEPS = 10
 
@@ -45,7 +46,7 @@ class Evidence:
     folder: Path
 
 
-@pytest.fixture(scope="module", params=METHODS)
+@pytest.fixture(scope="module", params=WAYS)
 def evidence(
     request: pytest.FixtureRequest, tiny_dir: Path, experts: list[Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Evidence]:
@@ -53,7 +54,7 @@ def evidence(
     base = tiny_base(tiny_dir)
     with torch.no_grad():
         base_logits = base.model(input_ids=IDS).logits
-    case = build(tiny_dir, section_of(request.param, experts))
+    case = build(tiny_dir, section_of(request.param.partition(" ")[0], experts, **WAYS[request.param]))
     start_logits, start_print = case.logits(), print_base(case.model).digest
     before = {name: tensor.detach().clone() for name, tensor in trained_tensors(case.model).items()}
     losses = [result.loss for result in case.train(NUM_STEPS)]
@@ -133,11 +134,17 @@ def _moved_by_difference(layer: DeltaLayer) -> float:
 def _moved_by_mixture(layer: Any, x: torch.Tensor) -> float:
     """A mixture is the base and each expert's update by its share, token by token; how far the output moved."""
     tensors = layer_tensors(layer, "default")
-    gates = (x @ tensors[GATE].t() / tensors[TAU].clamp_min(LEAST_TAU)).softmax(dim=-1)
+    shared = layer.layer_gate
+    own = layer_tensors(shared.holder, "default") if shared else tensors
+    read = torch.randn(len(x), own[GATE].shape[1]) if shared else x  # the decoder layer's input, or the matrix's
+    normed = read / read.square().mean(dim=-1, keepdim=True).sqrt() if shared else read
+    gates = (normed @ own[GATE].t() / own[TAU].clamp_min(LEAST_TAU)).softmax(dim=-1)
     experts = zip(tensors["lora_A"].chunk(2), tensors["lora_B"].chunk(2, dim=1), gates.unbind(dim=-1), strict=True)
     update = sum(share[:, None] * (x @ a.t() @ b.t()) for a, b, share in experts) * layer.scaling["default"]
     base = layer.get_base_layer()(x)
-    torch.testing.assert_close(layer(x), base + update, rtol=1e-5, atol=1e-5)
+    with shared.reading(read) if shared else nullcontext():
+        found = layer(x)
+    torch.testing.assert_close(found, base + update, rtol=1e-5, atol=1e-5)
     return float(update.abs().max())
 
 
@@ -149,6 +156,8 @@ def test_what_the_row_declares_trains_and_nothing_else(evidence: Evidence) -> No
     if row.schedule != "freezing":
         assert {name.rpartition(".")[2] for name in trained_tensors(evidence.case.model)} == moved
     layers = adapted_layers(evidence.case.model)
+    if getattr(evidence.case.section, "granularity", "matrix") == "layer":
+        layers = {name: layer for name, layer in layers.items() if GATE in layer_tensors(layer, "default")}
     assert len({name.rpartition(".")[0] for name in evidence.moved}) == len(layers), "in every layer"
 
 

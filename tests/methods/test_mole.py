@@ -5,29 +5,45 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, get_args
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_train.adapters.attach import load_adapter
 from qlora_train.adapters.fold import read_updates
 from qlora_train.adapters.forms.base import layer_tensors
-from qlora_train.adapters.forms.mole import GATE, TAU, MixtureForm
+from qlora_train.adapters.forms.mole import GATE, TAU, Granularity, MixtureForm
+from qlora_train.adapters.layer_gates import decoder_layer_of
 from qlora_train.adapters.layers import lora_layers
 from qlora_train.adapters.schedules import Balance
 from qlora_train.adapters.state import load_adapter_config, save_adapter
 from qlora_train.analysis.folder import open_adapter
 from qlora_train.errors import ModelError
+from qlora_train.model import compiling
+from qlora_train.model.checkpointing import Checkpointing, apply_checkpointing
+from qlora_train.model.compiling import compile_layers
 from tests.commandline import run_cli
 from tests.loading import tiny_base
-from tests.methods.cases import IDS, Case, build, section_of
+from tests.methods.cases import IDS, Case, build, section_of, write_experts
+
+
+@pytest.fixture(params=get_args(Granularity))
+def granularity(request: pytest.FixtureRequest) -> str:
+    """What has a gate of its own."""
+    return str(request.param)
 
 
 @pytest.fixture
-def case(tiny_dir: Path, experts: list[Path]) -> Case:
-    return build(tiny_dir, section_of("mole", experts))
+def case(tiny_dir: Path, experts: list[Path], granularity: str) -> Case:
+    return build(tiny_dir, section_of("mole", experts, granularity=granularity))
 
 
 def form(case: Case) -> MixtureForm:
@@ -36,9 +52,26 @@ def form(case: Case) -> MixtureForm:
     return found
 
 
+def gated(case: Case) -> list[Any]:
+    """The adapted matrices in which gates lie: all of them, or the first of each decoder layer."""
+    return [layer for layer in lora_layers(case.model).values() if GATE in layer_tensors(layer, "default")]
+
+
+def width_of(layer: Any) -> int:
+    """What a gate reads of a token."""
+    return int(layer_tensors(layer, "default")[GATE].shape[1])
+
+
+def run(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    """An adapted matrix by itself, whose decoder layer reads what it reads."""
+    with layer.layer_gate.reading(x) if layer.layer_gate else nullcontext():
+        out: torch.Tensor = layer(x)
+    return out
+
+
 def scatter(case: Case) -> None:
     """Gates that differ from token to token and layer to layer."""
-    for layer in lora_layers(case.model).values():
+    for layer in gated(case):
         torch.nn.init.normal_(layer_tensors(layer, "default")[GATE], std=1.0)
 
 
@@ -50,8 +83,8 @@ def alone(folder: Path, expert: Path) -> torch.Tensor:
 
 def test_gates_are_shares_for_every_token_and_layer(case: Case) -> None:
     scatter(case)
-    for layer in lora_layers(case.model).values():
-        x = torch.randn(2, 5, layer.in_features)
+    for layer in gated(case):
+        x = torch.randn(2, 5, width_of(layer))
         gates = form(case).gates(layer_tensors(layer, "default"), x)
         assert gates.shape == (2, 5, 2) and bool((gates >= 0).all())
         torch.testing.assert_close(gates.sum(dim=-1), torch.ones(2, 5))
@@ -66,20 +99,24 @@ def test_a_one_hot_gate_is_that_expert_alone(index: int, case: Case, tiny_dir: P
     assert not torch.allclose(case.logits(), other, atol=1e-3), "negative control"
 
 
-def test_equal_gates_over_the_same_expert_are_the_expert(tiny_dir: Path, experts: list[Path], tmp_path: Path) -> None:
+def test_equal_gates_over_the_same_expert_are_the_expert(
+    tiny_dir: Path, experts: list[Path], tmp_path: Path, granularity: str
+) -> None:
     twin = tmp_path / "twin"
     twin.symlink_to(experts[0])
-    case = build(tiny_dir, section_of("mole", [experts[0], twin]))
+    case = build(tiny_dir, section_of("mole", [experts[0], twin], granularity=granularity))
     torch.testing.assert_close(case.logits(), alone(tiny_dir, experts[0]), rtol=1e-5, atol=1e-5)
 
 
-def test_a_masked_expert_s_share_goes_to_the_others(tiny_dir: Path, experts: list[Path], tmp_path: Path) -> None:
+def test_a_masked_expert_s_share_goes_to_the_others(
+    tiny_dir: Path, experts: list[Path], tmp_path: Path, granularity: str
+) -> None:
     third = tmp_path / "third"
     third.symlink_to(experts[1])
-    case = build(tiny_dir, section_of("mole", [*experts, third]))
+    case = build(tiny_dir, section_of("mole", [*experts, third], granularity=granularity))
     scatter(case)
-    layer = next(iter(lora_layers(case.model).values()))
-    tensors, x = layer_tensors(layer, "default"), torch.randn(7, layer.in_features)
+    layer = gated(case)[0]
+    tensors, x = layer_tensors(layer, "default"), torch.randn(7, width_of(layer))
     before = form(case).gates(tensors, x)
     form(case).masked = frozenset({1})
     after = form(case).gates(tensors, x)
@@ -121,8 +158,8 @@ def test_the_penalty_is_least_where_all_experts_are_used_alike(case: Case) -> No
     case.causal.loss_sum(case.batches[0])
     least = balance.extra_loss(1.0)
     assert least is not None and float(least) == pytest.approx(2 * math.log(2), rel=1e-5)
-    layers = lora_layers(case.model)
-    for layer in layers.values():
+    layers = gated(case)
+    for layer in layers:
         with torch.no_grad():  # the first expert is preferred on most tokens
             tensors = layer_tensors(layer, "default")
             tensors[GATE].zero_()
@@ -138,7 +175,7 @@ def test_the_penalty_is_least_where_all_experts_are_used_alike(case: Case) -> No
     after = balance.extra_loss(1.0)
     assert after is not None and float(after) < float(peaked), "its gradient evens the gates out"
     assert set(balance.figures()) == {"gate_0", "gate_1"}
-    for index, layer in enumerate(layers.values()):  # half of the layers prefer the one, half the other
+    for index, layer in enumerate(layers):  # half of the layers prefer the one, half the other
         layer.mean_gates = torch.tensor([0.9, 0.1] if index % 2 else [0.1, 0.9])
     if len(layers) % 2:
         layer.mean_gates = torch.tensor([0.5, 0.5])
@@ -153,7 +190,7 @@ def test_an_expert_of_another_model_is_refused(case: Case, tiny_llama_dir: Path,
 
 def test_the_penalty_s_gradient_survives_recomputation(case: Case) -> None:
     """Gates of the forward pass, whose graph a checkpoint computes again; those of the recomputation are not taken."""
-    layer = next(iter(lora_layers(case.model).values()))
+    layer = gated(case)[0]
     gate = layer_tensors(layer, "default")[GATE]
     torch.nn.init.normal_(gate)
     x = torch.randn(6, layer.in_features, requires_grad=True)
@@ -161,7 +198,7 @@ def test_the_penalty_s_gradient_survives_recomputation(case: Case) -> None:
     grads = []
     for recompute in (False, True):
         gate.grad = None
-        out = checkpoint(layer, x, use_reentrant=False) if recompute else layer(x)
+        out = checkpoint(run, layer, x, use_reentrant=False) if recompute else run(layer, x)
         penalty = balance.extra_loss(1.0)
         assert penalty is not None
         (out.square().sum() * 1e-3 + penalty).backward()
@@ -174,18 +211,18 @@ def test_the_penalty_s_gradient_survives_recomputation(case: Case) -> None:
 
 def test_the_gate_learns_which_expert_a_token_belongs_to(case: Case) -> None:
     """Two kinds of inputs, each answered as one expert would: the router finds it."""
-    layer = next(iter(lora_layers(case.model).values()))
+    layer = gated(case)[0]
     tensors = layer_tensors(layer, "default")
     kinds = torch.randn(2, layer.in_features)
     xs = [kind + 0.3 * torch.randn(100, layer.in_features) for kind in kinds]
     wanted = []
     for index, x in enumerate(xs):
         form(case).masked = frozenset({1 - index})
-        wanted.append(layer(x).detach())
+        wanted.append(run(layer, x).detach())
     form(case).masked = frozenset()
     optimizer = torch.optim.Adam([tensors[GATE], tensors[TAU]], lr=0.05)
     for _ in range(60):
-        loss = sum((layer(x) - y).square().mean() for x, y in zip(xs, wanted, strict=True))
+        loss = sum((run(layer, x) - y).square().mean() for x, y in zip(xs, wanted, strict=True))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -193,7 +230,7 @@ def test_the_gate_learns_which_expert_a_token_belongs_to(case: Case) -> None:
     assert min(shares) > 0.9, "chance is one half"
 
 
-def test_info_tells_of_the_experts_and_of_no_update(case: Case, tmp_path: Path) -> None:
+def test_info_tells_of_the_experts_and_of_no_update(case: Case, tmp_path: Path, granularity: str) -> None:
     save_adapter(case.model, tmp_path)
     outcome = run_cli("adapter", "info", tmp_path, "--json")
     assert outcome.code == 0, outcome.err
@@ -201,6 +238,168 @@ def test_info_tells_of_the_experts_and_of_no_update(case: Case, tmp_path: Path) 
     assert found["method"] == "mole" and found["num_experts"] == 2 and len(found["modules"]) == 7
     assert all(module["spectrum"] is None and module["lora_B_norm"] > 0 for module in found["modules"])
     shown = run_cli("adapter", "info", tmp_path).out
-    assert f"2 experts of r = {found['r'] // 2}, weighed anew for each token" in shown
+    who = {"matrix": "every matrix", "layer": "all matrices of a decoder layer alike"}[granularity]
+    assert f"2 experts of r = {found['r'] // 2}, weighed anew for each token, for {who}" in " ".join(shown.split())
+    assert found["granularity"] == granularity
     with pytest.raises(ModelError, match="neither merged nor folded"):
         open_adapter(tmp_path).updates()
+
+
+@pytest.fixture
+def layered(tiny_llama_dir: Path, tmp_path: Path) -> Case:
+    """Two decoder layers, with a gate each."""
+    return build(tiny_llama_dir, section_of("mole", write_experts(tiny_llama_dir, tmp_path), granularity="layer"))
+
+
+def gates_seen(case: Case) -> dict[str, list[torch.Tensor]]:
+    """By adapted matrix, the gates it weighs with from now on."""
+    seen: dict[str, list[torch.Tensor]] = {name: [] for name in lora_layers(case.model)}
+    for name, layer in lora_layers(case.model).items():
+        gates = layer.layer_gate.gates
+
+        def noted(
+            x: torch.Tensor, to: list[torch.Tensor] = seen[name], gates: Callable[..., Any] = gates
+        ) -> torch.Tensor:
+            to.append(gates(x))
+            return to[-1]
+
+        layer.layer_gate = SimpleNamespace(gates=noted)
+    return seen
+
+
+def test_all_matrices_of_a_decoder_layer_weigh_alike(layered: Case) -> None:
+    scatter(layered)
+    seen = gates_seen(layered)
+    layered.logits()
+    by_layer: dict[str, list[torch.Tensor]] = {}
+    for name, (gates,) in seen.items():
+        by_layer.setdefault(name.split(".layers.")[1][0], []).append(gates)
+    assert [len(found) for found in by_layer.values()] == [7, 7]
+    for found in by_layer.values():
+        assert found[0].shape == (*IDS.shape, 2) and all(torch.equal(gates, found[0]) for gates in found)
+    assert not torch.allclose(by_layer["0"][0], by_layer["1"][0], atol=1e-3), "negative control"
+
+
+def test_a_gate_of_a_layer_has_the_model_s_width_and_there_are_as_many_as_layers(
+    layered: Case, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    def num_trained(case: Case) -> int:
+        return sum(p.numel() for p in case.model.parameters() if p.requires_grad)
+
+    width, middle, num_layers, num_experts = 128, 256, 2, 2
+    assert num_trained(layered) == num_layers * (num_experts * width + 1)
+    (tmp_path / "again").mkdir()
+    each = build(tiny_llama_dir, section_of("mole", write_experts(tiny_llama_dir, tmp_path / "again")))
+    inputs = 6 * width + middle  # of q, k, v, o, gate and up; of down
+    assert num_trained(each) == num_layers * (num_experts * inputs + 7)
+
+
+@pytest.mark.parametrize("kind", ["full", "selective"])
+@pytest.mark.parametrize("granularity", ["matrix", "layer"])
+def test_a_recomputed_layer_computes_its_gates_again(
+    kind: Any, granularity: str, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    """The same loss and the same gradients, the penalty's among them, to the bit; nothing is left behind."""
+    section = section_of("mole", write_experts(tiny_llama_dir, tmp_path), granularity=granularity, balance=1.0)
+    case = build(tiny_llama_dir, section)
+    scatter(case)
+    balance, found = Balance(case.model, section), []
+    case.model.train()
+    for policy in (Checkpointing(), Checkpointing(kind)):
+        apply_checkpointing(case.model, policy)
+        case.model.zero_grad()
+        loss = case.causal.loss_sum(case.batches[0])
+        penalty = balance.extra_loss(1.0)
+        assert penalty is not None
+        (loss + penalty).backward()
+        found.append([loss.detach(), *(p.grad.clone() for p in case.model.parameters() if p.grad is not None)])
+        assert not any("mean_gates" in vars(layer) for layer in lora_layers(case.model).values())
+        assert all(layer.layer_gate is None or layer.layer_gate.is_closed for layer in lora_layers(case.model).values())
+    assert len(found[0]) > 2 and all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_a_recomputed_gate_is_of_the_layer_s_own_input(layered: Case) -> None:
+    """Counted: the first layer's gate is computed in the forward pass and again in the backward pass."""
+    calls: list[Any] = []
+    gates_noted = MixtureForm.gates_noted
+    apply_checkpointing(layered.model, Checkpointing("full"))
+    layered.model.train()
+    with pytest.MonkeyPatch.context() as patch:
+
+        def counted(self: MixtureForm, layer: Any, x: torch.Tensor) -> torch.Tensor:
+            calls.append((id(layer), x.detach().clone()))
+            return gates_noted(self, layer, x)
+
+        patch.setattr(MixtureForm, "gates_noted", counted)
+        layered.causal.loss_sum(layered.batches[0]).backward()
+    first, second, again = calls
+    assert first[0] == again[0] != second[0], "the last layer is not recomputed"
+    assert torch.equal(first[1], again[1]) and not torch.equal(first[1], second[1])
+
+
+def test_compiled_decoder_layers_keep_their_gates(layered: Case) -> None:
+    """Compiled is what lies inside a layer; its gate is opened around it, in recomputation too."""
+    called: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", lambda f, **_: lambda *args, **kwargs: called.append(f) or f(*args, **kwargs))
+        compiling._compiled.cache_clear()
+        compile_layers(layered.model)
+    compiling._compiled.cache_clear()
+    scatter(layered)
+    apply_checkpointing(layered.model, Checkpointing())
+    with torch.no_grad():
+        plain = layered.model.eval()(input_ids=IDS).logits
+        assert not called, "evaluation is not compiled"
+        assert torch.equal(layered.model.train()(input_ids=IDS).logits, plain)
+    assert len(called) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("model.layers.0.experts.1.up_proj", "is one of several in its decoder layer"),
+        ("lm_head", "lies in no decoder layer"),
+    ],
+)
+def test_matrices_that_cannot_share_a_gate_are_refused(name: str, words: str) -> None:
+    model = nn.Module()
+    model.get_submodule = lambda path: (  # type: ignore[method-assign]
+        GradientCheckpointingLayer() if path == "model.layers.0" else nn.Module()
+    )
+    with pytest.raises(ModelError, match=f"adapter.granularity: {name} {words}"):
+        decoder_layer_of(model, name)
+
+
+def test_a_matrix_that_sees_other_tokens_than_its_layer_is_refused(layered: Case) -> None:
+    layer = gated(layered)[0]
+    with (
+        layer.layer_gate.reading(torch.randn(1, 6, 128)),
+        pytest.raises(ModelError, match="is given 5 tokens, and its decoder layer 6"),
+    ):
+        layer(torch.randn(5, 128))
+    with layer.layer_gate.reading(torch.randn(2, 3, 128)):
+        assert layer(torch.randn(6, 128)).shape == (6, 128), "the same tokens laid end to end"
+
+
+def test_a_folder_of_before_the_granularity_has_a_gate_for_every_matrix(
+    tiny_dir: Path, experts: list[Path], tmp_path: Path
+) -> None:
+    case = build(tiny_dir, section_of("mole", experts))
+    save_adapter(case.model, tmp_path)
+    path = tmp_path / "adapter_config.json"
+    data = json.loads(path.read_text())
+    del data["qlora_train"]["options"]["granularity"]
+    path.write_text(json.dumps(data))
+    assert load_adapter_config(tmp_path).options["granularity"] == "matrix"
+
+
+def test_a_gate_cannot_be_of_another_granularity_than_its_folder_says(
+    layered: Case, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    save_adapter(layered.model, folder)
+    path = folder / "adapter_config.json"
+    path.write_text(path.read_text().replace('"layer"', '"matrix"'))
+    with pytest.raises(ModelError, match="lora_mole"):
+        load_adapter(tiny_base(tiny_llama_dir).model, folder)

@@ -79,7 +79,7 @@ class Form(LoraVariant):
             if name in FACTORS:
                 _reshape(getattr(module, name), adapter_name, shape, like)
             else:
-                _hold(module, name, adapter_name, like.new_zeros(shape), is_buffer=name in self.buffers)
+                hold(module, name, adapter_name, like.new_zeros(shape), is_buffer=name in self.buffers)
         for name in self.frozen:
             _register_frozen_peft_weight(module, adapter_name, name)
         with torch.no_grad():
@@ -125,6 +125,19 @@ def layer_tensors(layer: Any, adapter: str) -> dict[str, Tensor]:
     return found
 
 
+def hold(layer: Any, name: str, adapter: str, values: Tensor, *, is_buffer: bool) -> None:
+    """Put a tensor into the layer's dictionary by adapter, made at the first one; PEFT saves what it is told of."""
+    if not hasattr(layer, name):
+        setattr(layer, name, BufferDict({}, persistent=True) if is_buffer else nn.ParameterDict())
+        listed = "other_param_names" if is_buffer else "adapter_layer_names"
+        setattr(layer, listed, (*getattr(layer, listed), name))
+    holder = getattr(layer, name)
+    if isinstance(holder, BufferDict):
+        holder[adapter] = values
+    else:
+        holder[adapter] = _Vector(values) if isinstance(holder, nn.ModuleDict) else nn.Parameter(values)
+
+
 def apply_gain(result: Tensor, gain_O: Tensor | None, bias_O: Tensor | None) -> Tensor:
     """`gain * (result - bias) + bias`.
 
@@ -164,16 +177,3 @@ class _Vector(nn.Module):
     def __init__(self, values: Tensor) -> None:
         super().__init__()
         self.weight = nn.Parameter(values)
-
-
-def _hold(layer: Any, name: str, adapter: str, values: Tensor, *, is_buffer: bool) -> None:
-    """Put a tensor into the layer's dictionary by adapter, made at the first one; PEFT saves what it is told of."""
-    if not hasattr(layer, name):
-        setattr(layer, name, BufferDict({}, persistent=True) if is_buffer else nn.ParameterDict())
-        listed = "other_param_names" if is_buffer else "adapter_layer_names"
-        setattr(layer, listed, (*getattr(layer, listed), name))
-    holder = getattr(layer, name)
-    if isinstance(holder, BufferDict):
-        holder[adapter] = values
-    else:
-        holder[adapter] = _Vector(values) if isinstance(holder, nn.ModuleDict) else nn.Parameter(values)

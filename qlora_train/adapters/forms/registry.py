@@ -23,7 +23,7 @@ FORMS: dict[str, Callable[[Options], Form]] = {
     "flora_core": lambda options: CoreForm(options["r_out"]),
     "adalora": lambda options: SingularForm(),
     "aflora": lambda options: ScaledForm(),
-    "mole": lambda options: MixtureForm(len(options["experts"])),
+    "mole": lambda options: MixtureForm(len(options["experts"]), options["granularity"]),
     "delta": lambda options: DeltaForm(options["parameters"]),
     "qalora": lambda options: GroupedForm(options["group_size"]),
     "offset": lambda options: OffsetForm(),

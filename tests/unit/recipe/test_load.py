@@ -408,6 +408,7 @@ def test_every_literal_of_the_schema_is_accepted(here: Path) -> None:
                 others = ["data.batching=shuffled"] if key == "attn_implementation" else []
                 others += [f"adapter.method={OPTIONS[key][0]}"] if section == "adapter" and key in OPTIONS else []
                 others += ["quant.quant_type=int4", f"quant.block_size={choice}"] if key == "group_size" else []
+                others += ["adapter.experts=[a, b]"] if key == "granularity" else []
                 loaded = load(GOOD, f"{section}.{key}={choice}", *others)
                 assert getattr(getattr(loaded.recipe, section), key) == choice
 
