@@ -68,9 +68,12 @@ def label_of(folder: Path) -> str:
 def fill_experts(model: PeftModel, folders: Sequence[Path]) -> None:
     """Put the experts' factors into a router that `mixture_config` described; a module that one lacks gets zeros.
 
+    A plan has no values, and the first layers only: there is nothing to put, and no telling what fits.
     ModelError where an expert's update fits no layer of the model.
     """
     layers = {name.removeprefix(PEFT_PREFIX): layer for name, layer in lora_layers(model).items()}
+    if all(layer.lora_A[layer.active_adapters[0]].weight.is_meta for layer in layers.values()):
+        return
     for index, folder in enumerate(folders):
         for name, delta in read_deltas(folder).items():
             layer = layers.get(name.removesuffix(".weight"))
@@ -86,8 +89,6 @@ def _place(layer: Lora4bit | LoraFloat, index: int, count: int, delta: Delta) ->
     (adapter,) = layer.active_adapters
     weight_A: Tensor = layer.lora_A[adapter].weight
     weight_B: Tensor = layer.lora_B[adapter].weight
-    if weight_A.is_meta:  # a plan
-        return
     if index == 0:
         weight_A.zero_()
         weight_B.zero_()

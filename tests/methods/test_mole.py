@@ -30,9 +30,10 @@ from qlora_train.errors import ModelError
 from qlora_train.model import compiling
 from qlora_train.model.checkpointing import Checkpointing, apply_checkpointing
 from qlora_train.model.compiling import compile_layers
-from tests.commandline import run_cli
+from tests.commandline import run_cli, write_recipe
 from tests.loading import tiny_base
 from tests.methods.cases import IDS, Case, build, section_of, write_experts
+from tests.tiny import build_tiny_llama
 
 
 @pytest.fixture(params=get_args(Granularity))
@@ -403,3 +404,23 @@ def test_a_gate_cannot_be_of_another_granularity_than_its_folder_says(
     path.write_text(path.read_text().replace('"layer"', '"matrix"'))
     with pytest.raises(ModelError, match="lora_mole"):
         load_adapter(tiny_base(tiny_llama_dir).model, folder)
+
+
+@pytest.mark.parametrize("granularity", ["matrix", "layer"])
+def test_a_mixture_on_a_deep_model_is_planned(granularity: str, tmp_path: Path) -> None:
+    """From a few of its layers, of which the experts have more; the gates are counted as they are trained."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 5}
+    model = build_tiny_llama(tmp_path / "deep", **sizes)
+    path = write_recipe(tmp_path, model)
+    sections = json.loads(path.read_text())
+    experts = [str(folder) for folder in write_experts(model, tmp_path)]
+    sections["adapter"] = {"method": "mole", "experts": experts, "granularity": granularity}
+    path.write_text(json.dumps(sections))
+    outcome = run_cli("plan", path, "--json")
+    assert outcome.code == 0, outcome.err
+    case = build(model, section_of("mole", [Path(folder) for folder in experts], granularity=granularity))
+    trained = sum(parameter.numel() for parameter in case.model.parameters() if parameter.requires_grad)
+    (on_disk,) = [
+        term for term in json.loads(outcome.out)["terms"] if term["cause"] == "adapter" and term["stage"] == "disk"
+    ]
+    assert on_disk["num_bytes"] == 4 * trained
