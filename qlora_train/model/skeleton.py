@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 
-from qlora_train.adapters.module_names import is_named
+from qlora_train.adapters.module_names import is_named, name_of
 from qlora_train.errors import ModelError, first_line
 from qlora_train.model.low_rank import FACTORS, causal_class, low_rank_layers
 from qlora_train.model.source import Source
@@ -22,6 +22,9 @@ from qlora_train.quant.affine import INT4
 from qlora_train.quant.bnb import cpu_width_multiple
 from qlora_train.recipe.schema import QuantSection, Recipe
 
+# Of peft 0.21.2, tuners_utils.py: these would end in a ValueError there.
+_MAMBA = frozenset({"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"})
+_PASSED_BY = frozenset({"out_proj", "conv1d"})
 MAX_LAYERS = 1000  # a skeleton is built of as many; the largest models have 130
 
 
@@ -126,6 +129,7 @@ def check_targets(model: nn.Module, target_modules: str | tuple[str, ...], key: 
     layers = linear_layers(model)
     if not layers:
         raise ModelError("the model has no linear layer to adapt", fix="use a transformer with nn.Linear layers")
+    _refuse_passed_by(model, layers, target_modules, key)
     if isinstance(target_modules, str):
         return
     counts = name_table(layers)
@@ -136,6 +140,19 @@ def check_targets(model: nn.Module, target_modules: str | tuple[str, ...], key: 
         what = "; ".join(f"{t!r} matches no linear layer, nearest: {', '.join(near[t])}" for t in missing)
         known = ", ".join(f"{name} ({count} layers)" for name, count in counts.items())
         raise ModelError(f"{key}: {what}", fix=f"this model has {known}; or write all-linear")
+
+
+def _refuse_passed_by(model: Any, layers: Iterable[str], targets: str | tuple[str, ...], key: str) -> None:
+    """What PEFT refuses to adapt: layers that fused functions compute from their weight, without calling them."""
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    taken = [name for name in layers if isinstance(targets, str) or is_named(name, targets)]
+    if kind in _MAMBA and (passed := [name for name in taken if name_of(name) in _PASSED_BY]):
+        others = name_table(name for name in taken if name not in passed)
+        what = ", ".join(f"{name} ({count} layers)" for name, count in name_table(passed).items())
+        raise ModelError(
+            f"{key}: {kind} models read the weight of {what} without calling it: an adapter would be passed by",
+            fix=f"name others: [{', '.join(others)}]" if others else "name other layers",
+        )
 
 
 def check_skipped(model: nn.Module, skip_modules: tuple[str, ...]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import GPTNeoXConfig, LlamaConfig, Phi3Config, T5Config
+from transformers import GPTNeoXConfig, LlamaConfig, Mamba2Config, Phi3Config, T5Config
 
 from qlora_train.errors import ModelError
 from qlora_train.model.skeleton import (
@@ -101,6 +101,16 @@ def test_a_target_that_matches_nothing_names_the_nearest(skeleton: nn.Module, ta
 def test_every_target_that_matches_nothing_is_named(skeleton: nn.Module) -> None:
     with pytest.raises(ModelError, match=r"'wq' matches no linear layer.*'wv' matches no linear layer"):
         check_targets(skeleton, ("wq", "q_proj", "wv"))
+
+
+def test_mixers_that_pass_an_adapter_by_are_refused_with_what_is_left() -> None:
+    """PEFT refuses them, too, by a ValueError and after the model is loaded."""
+    sizes = {"hidden_size": 64, "num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 1}
+    model = build_skeleton(Mamba2Config(vocab_size=64, num_hidden_layers=1, **sizes))
+    with pytest.raises(ModelError, match=r"mamba2 models read the weight of out_proj \(1 layers\)") as caught:
+        check_targets(model, "all-linear")
+    assert "name others: [in_proj]" in str(caught.value)
+    check_targets(model, ("in_proj",))
 
 
 def test_a_model_without_linear_layers_is_refused() -> None:
