@@ -15,13 +15,13 @@ from typing import Any
 from torch import Tensor
 
 from qlora_train.adapters.inits.residual import untrained
-from qlora_train.adapters.updates import Delta, VocabularyRows
+from qlora_train.adapters.updates import Delta
 from qlora_train.analysis.compress import Ask
 from qlora_train.analysis.files import write_analysis
 from qlora_train.analysis.folder import open_adapter, refuse_existing
 from qlora_train.analysis.look import Analysis, Subject, look_into
 from qlora_train.analysis.starts import start_of
-from qlora_train.analysis.thin import thin
+from qlora_train.analysis.thin import matrices_of, thin
 from qlora_train.analysis.tools import (
     AdapterDiff,
     AdapterInfo,
@@ -468,10 +468,8 @@ def _subject(run: Path, with_base: bool, notices: list[str]) -> Subject:
             start = start_of(finished, source)
         except UserError as error:
             notices.append(f"{run}: its base is not looked at: {error.problems[0].what}")
-    updates = opened.changes()
-    if tables := [module for module, update in updates.items() if isinstance(update, VocabularyRows)]:
-        notices.append(f"{run}: the rows of new tokens in {', '.join(tables)} are no low-rank update and are left out")
-        updates = {module: update for module, update in updates.items() if module not in tables}
+    updates, left_out = matrices_of(opened.changes())
+    notices += [f"{run}: {what}" for what in left_out]
     plain = {module: update for module, update in updates.items() if isinstance(update, Delta)}
     if len(plain) == len(updates) or read_weight is None:
         return Subject(name, method, r, plain if len(plain) == len(updates) else opened.deltas(), start, read_weight)

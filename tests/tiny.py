@@ -111,3 +111,13 @@ def build_tiny_gemma2(folder: Path, *, seed: int = 0) -> Path:
 
     sizes = {**SIZES, "max_position_embeddings": 1024}
     return _save(Gemma2Config(**sizes, num_key_value_heads=2, head_dim=32, sliding_window=16), folder, seed)
+
+
+def build_tiny_lfm2(folder: Path, *, seed: int = 0) -> Path:
+    """A random Lfm2ForCausalLM: a layer with a depthwise convolution over 3 tokens, `conv.conv` (128, 1, 3), and one
+    with attention."""
+    from transformers import Lfm2Config
+
+    kinds = ["conv", "full_attention"]
+    config = Lfm2Config(**SIZES, num_key_value_heads=2, layer_types=kinds, block_auto_adjust_ff_dim=False)
+    return _save(config, folder, seed)

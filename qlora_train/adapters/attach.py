@@ -14,10 +14,12 @@ from torch import nn
 from qlora_train.adapters.config import AdapterConfig, build_config, section_config, section_options
 from qlora_train.adapters.experts import fill_experts, mixture_config
 from qlora_train.adapters.forms.base import Form
+from qlora_train.adapters.forms.convolution import CONVOLUTIONS
 from qlora_train.adapters.forms.delta import select_modules
 from qlora_train.adapters.forms.mole import MixtureForm
 from qlora_train.adapters.layer_gates import share_gates
 from qlora_train.adapters.layers import LoraEmbedding, adapted_layers, use_fused
+from qlora_train.adapters.module_names import is_named
 from qlora_train.adapters.state import has_embeddings, load_adapter_config, restore_adapter, split_name
 from qlora_train.adapters.tokens import NewTokens, build_peft_model, indices_for, start_rows, token_layers
 from qlora_train.artifacts.folders import read_manifest
@@ -96,12 +98,35 @@ def _new_config(model: nn.Module, section: AdapterSection, tokens: NewTokens | N
         return config
     if method.start == "experts":
         return mixture_config(section)
-    if section.embeddings:
-        return section_config(section.model_copy(update={"target_modules": _with_embedding(model, section)}))
+    if section.embeddings or method.convolutions:
+        return section_config(section.model_copy(update={"target_modules": _targets(model, section)}))
     if method.form == "delta":
         modules = select_modules(model, section.parameters)
         return build_config(method, section_options(section), r=1, lora_alpha=1, target_modules=modules)
     return section_config(section)
+
+
+def _targets(model: nn.Module, section: AdapterSection) -> str | tuple[str, ...]:
+    """The recipe's targets as PEFT is to find them."""
+    if section.embeddings:
+        return _with_embedding(model, section)
+    if METHODS[section.method].convolutions and not isinstance(section.target_modules, str):
+        return _with_convolutions(model, section.target_modules)
+    return section.target_modules
+
+
+def _with_convolutions(model: nn.Module, names: tuple[str, ...]) -> tuple[str, ...]:
+    """A name that a convolution shares with the block around it, as in LFM2, becomes its whole name: PEFT would take
+    the block."""
+    found: dict[str, None] = {}
+    for name in names:
+        meant = [
+            (full, isinstance(m, (nn.Linear, *CONVOLUTIONS)))
+            for full, m in model.named_modules()
+            if is_named(full, [name])
+        ]
+        found |= dict.fromkeys([name] if all(fits for _, fits in meant) else [full for full, fits in meant if fits])
+    return tuple(found)
 
 
 def _with_embedding(model: Any, section: AdapterSection) -> tuple[str, ...]:
@@ -141,9 +166,7 @@ def _continue_from(model: nn.Module, section: AdapterSection, tokens: NewTokens 
         asked["embeddings"], there["embeddings"] = section.embeddings, has_embeddings(section.init_from)
         asked["new_tokens"], there["new_tokens"] = _tokens_asked_and_there(section, tokens, config)
     if not isinstance(section.target_modules, str):  # the default asks for nothing in particular
-        asked["target_modules"] = sorted(
-            _with_embedding(model, section) if section.embeddings else section.target_modules
-        )
+        asked["target_modules"] = sorted(_targets(model, section))
         found = config.target_modules or ()
         there["target_modules"] = [found] if isinstance(found, str) else sorted(found)
     if differing := [key for key in asked if asked[key] != there.get(key)]:

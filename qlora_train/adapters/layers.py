@@ -20,6 +20,8 @@ from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 
 from qlora_train.adapters.forms.base import Form, apply_gain, layer_tensors
+from qlora_train.adapters.forms.convolution import CONVOLUTIONS, ConvolutionLayer
+from qlora_train.adapters.forms.cores import CoreForm
 from qlora_train.adapters.forms.delta import DeltaForm, DeltaLayer
 from qlora_train.adapters.updates import Delta, Update
 from qlora_train.errors import ModelError
@@ -174,6 +176,9 @@ class LoraEmbedding(PeftEmbedding):
     num_fallbacks = 0
 
 
+AdaptedLayer = Lora4bit | LoraFloat | LoraEmbedding | DeltaLayer | ConvolutionLayer
+
+
 def register_layers(config: LoraConfig) -> LoraConfig:
     """Make PEFT build our layers for this config. The mapping is not saved: call again after loading."""
     if isinstance(getattr(config, "form", None), DeltaForm):
@@ -181,12 +186,14 @@ def register_layers(config: LoraConfig) -> LoraConfig:
         return config
     # bitsandbytes' class is an nn.Linear, and the first match wins.
     config._register_custom_module({Linear4bit: Lora4bit, nn.Linear: LoraFloat, nn.Embedding: LoraEmbedding})
+    if isinstance(getattr(config, "form", None), CoreForm):
+        config._register_custom_module(dict.fromkeys(CONVOLUTIONS, ConvolutionLayer))
     return config
 
 
-def adapted_layers(model: nn.Module) -> dict[str, Lora4bit | LoraFloat | LoraEmbedding | DeltaLayer]:
+def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
     """Every module that carries something trained, by its dotted name in `model`."""
-    kinds = (Lora4bit, LoraFloat, LoraEmbedding, DeltaLayer)
+    kinds = (Lora4bit, LoraFloat, LoraEmbedding, DeltaLayer, ConvolutionLayer)
     return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
 
 

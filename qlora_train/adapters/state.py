@@ -41,7 +41,7 @@ _KNOWN_FIELDS = frozenset(
 _OWN_TYPE = "QLORA_TRAIN"
 _TAG = "qlora_train"
 # Options that a method did not have once: what a folder of that time means.
-_BEFORE: dict[str, dict[str, object]] = {"mole": {"granularity": "matrix"}}
+_BEFORE: dict[str, dict[str, object]] = {"mole": {"granularity": "matrix"}, "flora_core": {"r_kernel": None}}
 # Starts that change no base: the saved A and B are the whole adapter.
 _ALLOWED_VALUES: dict[str, tuple[object, ...]] = {
     "task_type": ("CAUSAL_LM", None),

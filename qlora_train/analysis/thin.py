@@ -6,10 +6,23 @@ import math
 from collections.abc import Mapping
 
 from qlora_train.adapters.arithmetic import norm
-from qlora_train.adapters.updates import Delta, Difference, Update
+from qlora_train.adapters.updates import Delta, Difference, Update, VocabularyRows
 from qlora_train.analysis.look import ReadWeight
 from qlora_train.analysis.sparse import nearest
 from qlora_train.errors import ModelError
+
+
+def matrices_of(updates: Mapping[str, Update]) -> tuple[dict[str, Update], list[str]]:
+    """The updates of matrices, and notices of what else there is beside them."""
+    tables = {module for module, update in updates.items() if isinstance(update, VocabularyRows)}
+    kernels = {m for m, update in updates.items() if isinstance(update, Difference) and update.values.ndim > 2}
+    notices = []
+    if tables:
+        notices.append(f"the rows of new tokens in {', '.join(sorted(tables))} are no low-rank update and are left out")
+    if kernels and kernels != updates.keys():
+        notices.append(f"convolutions are no matrices and are left out: {', '.join(sorted(kernels))}")
+        tables |= kernels
+    return {module: update for module, update in updates.items() if module not in tables}, notices
 
 
 def thin(updates: Mapping[str, Update], read_weight: ReadWeight, r: int) -> tuple[dict[str, Delta], str]:

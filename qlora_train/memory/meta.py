@@ -25,6 +25,7 @@ from qlora_train.model.low_rank import with_factors
 from qlora_train.model.skeleton import build_skeleton, check_targets, linear_layers
 from qlora_train.quant.bnb import QuantSettings, linear4bit_modules, meta_linear4bit, packed_tensors
 from qlora_train.quant.fingerprint import base_parameter_name
+from qlora_train.recipe.methods import METHODS
 from qlora_train.recipe.schema import AdapterSection, QuantSection
 
 DeviceKind = Literal["cpu", "cuda"]
@@ -77,7 +78,8 @@ def build_meta_model(config: Any, style: ModelStyle, device: DeviceKind, num_lay
     if num_layers is not None:
         _cut(config.get_text_config(), num_layers)
     model: Any = build_skeleton(config, dtype=style.compute_dtype, attn_implementation=style.attention)
-    check_targets(model, style.adapter.target_modules)
+    method = METHODS[style.adapter.method]
+    check_targets(model, style.adapter.target_modules, with_convolutions=method.convolutions)
     if style.attention == ATTENTION_NAME:
         check_packable(model)
     model.requires_grad_(False)

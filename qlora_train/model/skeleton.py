@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 
+from qlora_train.adapters.forms.convolution import CONVOLUTIONS
 from qlora_train.adapters.module_names import is_named, name_of
 from qlora_train.errors import ModelError, first_line
 from qlora_train.model.low_rank import FACTORS, causal_class, low_rank_layers
@@ -124,20 +125,41 @@ def name_table(names: Iterable[str]) -> dict[str, int]:
     return dict(Counter(".".join(part[-2:] if part[-1] in FACTORS else part[-1:]) for part in parts))
 
 
-def check_targets(model: nn.Module, target_modules: str | tuple[str, ...], key: str = "adapter.target_modules") -> None:
-    """Every named target must match a linear layer; ModelError names all that do not, with the nearest names."""
-    layers = linear_layers(model)
+def convolutions(model: nn.Module) -> dict[str, nn.Module]:
+    """Every convolution, by name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, CONVOLUTIONS)}
+
+
+def check_targets(
+    model: nn.Module,
+    target_modules: str | tuple[str, ...],
+    key: str = "adapter.target_modules",
+    *,
+    with_convolutions: bool = False,
+) -> None:
+    """Every named target must match a linear layer, or a convolution where those can be adapted, too; ModelError names
+    all that do not, with the nearest names."""
+    layers: dict[str, nn.Module] = {**linear_layers(model)}
     if not layers:
         raise ModelError("the model has no linear layer to adapt", fix="use a transformer with nn.Linear layers")
-    _refuse_passed_by(model, layers, target_modules, key)
+    found = convolutions(model)
+    if with_convolutions:
+        layers |= found
+    _refuse_passed_by(model, linear_layers(model) if isinstance(target_modules, str) else layers, target_modules, key)
     if isinstance(target_modules, str):
         return
+    if not with_convolutions and (named := [t for t in target_modules if any(is_named(n, (t,)) for n in found)]):
+        raise ModelError(
+            f"{key}: {', '.join(map(repr, named))} matches a convolution, of which B A is no update",
+            fix="leave it out, or set adapter.method: flora_core, which has a factor for every side of a weight",
+        )
     counts = name_table(layers)
     known_names = [*layers, *(name for name, _ in low_rank_layers(model))]
+    kinds = "linear layer" + (" and no convolution" if with_convolutions else "")
     missing = [t for t in target_modules if not any(is_named(n, (t,)) for n in known_names)]
     if missing:
         near = {t: get_close_matches(t, counts, n=2, cutoff=0.5) or list(counts) for t in missing}
-        what = "; ".join(f"{t!r} matches no linear layer, nearest: {', '.join(near[t])}" for t in missing)
+        what = "; ".join(f"{t!r} matches no {kinds}, nearest: {', '.join(near[t])}" for t in missing)
         known = ", ".join(f"{name} ({count} layers)" for name, count in counts.items())
         raise ModelError(f"{key}: {what}", fix=f"this model has {known}; or write all-linear")
 

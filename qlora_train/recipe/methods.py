@@ -30,6 +30,7 @@ class Method:
     trains: tuple[str, ...] = ("lora_A", "lora_B")  # attributes of an adapted layer
     options: tuple[str, ...] = ()  # keys of `adapter` that this method reads besides the common ones
     without: tuple[str, ...] = ()  # common keys that it does not read
+    convolutions: bool = False  # whether adapter.target_modules may name convolutions, besides linear layers
     learning_rate: str = "1e-4 to 5e-4"  # what its paper or its users take
 
     @property
@@ -97,8 +98,9 @@ METHODS: dict[str, Method] = {
             "experimental",
             form="flora_core",
             start="core zero",
-            trains=("lora_A", "lora_B", "lora_core_c"),
-            options=("r_out",),
+            trains=("lora_A", "lora_B", "lora_core_c", "lora_kernel_0", "lora_kernel_1", "lora_kernel_2"),
+            options=("r_out", "r_kernel"),
+            convolutions=True,
         ),
         Method(
             "loraplus",

@@ -94,7 +94,7 @@ class AdapterSection(Section):
     target_modules: Literal["all-linear"] | tuple[Name, ...] = Field(
         "all-linear",
         description="all-linear: every linear layer but the head (attention-only is worse at equal parameters). "
-        "Or names, matched as whole dotted suffixes: [q_proj, v_proj].",
+        "Or names, matched as whole dotted suffixes: [q_proj, v_proj]. flora_core adapts convolutions, too, by name.",
     )
     init_from: Path | None = Field(None, description="Folder of a trained adapter to go on from, in PEFT's format.")
     # What only some methods read; validation refuses it for the others. Which: METHODS in recipe/methods.py.
@@ -114,6 +114,9 @@ class AdapterSection(Section):
     )
     r_out: Annotated[int, Field(gt=0, le=4096)] | None = Field(
         None, description="flora_core: rank on the output's side; default: r."
+    )
+    r_kernel: Annotated[int, Field(gt=0, le=4096)] | None = Field(
+        None, description="flora_core: rank along each side of a convolution's kernel; default: the side itself."
     )
     target_r: Annotated[int, Field(gt=0, le=4096)] | None = Field(
         None, description="adalora: mean rank at the end, below r. r = 1.5 x target_r is usual."

@@ -55,6 +55,7 @@ from qlora_train.model.start import (
 )
 from qlora_train.model.tokens import LOOKED_AT, add_new_tokens, unused_tokens
 from qlora_train.model.tokens import describe as describe_tokens
+from qlora_train.recipe.methods import METHODS
 from qlora_train.recipe.schema import Recipe
 from qlora_train.recipe.split import with_split
 from qlora_train.train.disk import refuse_full_disk
@@ -154,14 +155,14 @@ def load_inputs(recipe: Recipe, *, weights: bool = True) -> Inputs:
 
 def _model_checks(recipe: Recipe, config: Any, skeleton: torch.nn.Module, device: torch.device) -> list[Check]:
     """What of the recipe must suit the model and the machine; no check depends on another."""
-    quant = recipe.quant
+    quant, targets = recipe.quant, recipe.adapter.target_modules
     checks: list[Check] = [
         partial(check_machine, recipe.train, device),
         partial(check_resident, recipe.train.resident_layers, config.get_text_config().num_hidden_layers),
         partial(check_length, config, recipe.data.seq_len),
         partial(check_rotary, config, recipe),
         partial(check_attention, skeleton, recipe.model.attn_implementation),
-        partial(check_targets, skeleton, recipe.adapter.target_modules),
+        partial(check_targets, skeleton, targets, with_convolutions=METHODS[recipe.adapter.method].convolutions),
         partial(check_widths, skeleton, quant, device),
     ]
     if recipe.data.batching == "packed":

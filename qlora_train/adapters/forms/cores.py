@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from qlora_train.adapters.forms.base import Form, Shapes, Tensors
+from qlora_train.adapters.forms.base import FACTORS, Form, Shapes, Tensors
+from qlora_train.adapters.forms.convolution import KERNELS, start_factors, tucker_product, tucker_shapes
+from qlora_train.adapters.updates import Difference, Update
 
 STRUCTURES = ("shim", "icfm", "ctcm", "dtsm")
 
@@ -60,23 +62,39 @@ class CoreForm(Form):
 
     lora_A is U_in^T (r, in), lora_B is U_out (out, r_out), lora_core_c is G (r, r_out). G starts at zero and both U
     random: the first step moves G alone. The two ranks may differ; the update has at most the rank of the smaller one.
-    The dense update, which the authors' program builds, is never built here.
+    The dense update, which the authors' program builds, is never built here. A convolution's weight has more modes,
+    with a factor each: forms/convolution.py.
     """
 
-    def __init__(self, r_out: int | None = None) -> None:
-        self.r_out = r_out
+    def __init__(self, r_out: int | None = None, r_kernel: int | None = None) -> None:
+        self.r_out, self.r_kernel = r_out, r_kernel
 
     def shapes(self, r: int, num_in: int, num_out: int) -> Shapes:
         """U_in^T (r, in), U_out (out, r_out), G (r, r_out)."""
         r_out = self.r_out or r
         return {"lora_A": (r, num_in), "lora_B": (num_out, r_out), "lora_core_c": (r, r_out)}
 
+    def convolution_shapes(self, weight: tuple[int, ...], r: int) -> Shapes:
+        """Every tensor of a convolution of this weight."""
+        return tucker_shapes(weight, r, self.r_out or r, self.r_kernel)
+
+    def expected(self, r: int, found: Mapping[str, tuple[int, ...]]) -> Shapes:
+        """A convolution is told by its kernel."""
+        kernel = [found[name][0] for name in KERNELS if found.get(name)]
+        if not kernel or not all(found.get(name) for name in FACTORS):
+            return super().expected(r, found)
+        return self.convolution_shapes((found["lora_B"][0], found["lora_A"][-1], *kernel), r)
+
+    def updates(self, tensors: Tensors, scaling: float) -> dict[str, Update]:
+        """A convolution's is dense: it has more than two sides."""
+        if KERNELS[0] in tensors:
+            return {"weight": Difference(scaling * tucker_product(tensors))}
+        return super().updates(tensors, scaling)
+
     def start(self, tensors: dict[str, Tensor], layer: object) -> None:
         """U_in (in, r) and U_out (out, r_out) kaiming-normal with a = sqrt(3), which is N(0, 1 / (2 r)), as in the
         authors' program; G zero."""
-        nn.init.kaiming_normal_(tensors["lora_A"].T, a=math.sqrt(3))
-        nn.init.kaiming_normal_(tensors["lora_B"], a=math.sqrt(3))
-        nn.init.zeros_(tensors["lora_core_c"])
+        start_factors(tensors)
 
     def factors(self, tensors: Tensors) -> tuple[Tensor, Tensor]:
         """(U_in^T, U_out G^T) of rank r."""

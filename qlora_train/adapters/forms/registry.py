@@ -20,7 +20,7 @@ FORMS: dict[str, Callable[[Options], Form]] = {
     "plain": lambda options: Form(),
     "dora": lambda options: DoraForm(),
     "mtlora": lambda options: TransformedForm(options["structure"]),
-    "flora_core": lambda options: CoreForm(options["r_out"]),
+    "flora_core": lambda options: CoreForm(options["r_out"], options["r_kernel"]),
     "adalora": lambda options: SingularForm(),
     "aflora": lambda options: ScaledForm(),
     "mole": lambda options: MixtureForm(len(options["experts"]), options["granularity"]),
