@@ -8,14 +8,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from qlora_train.adapters.inits.residual import untrained
 from qlora_train.adapters.updates import Delta
+from qlora_train.analysis.before import NO_START, Before, corrections_of, keeps_no_start
 from qlora_train.analysis.compress import Ask
 from qlora_train.analysis.files import write_analysis
 from qlora_train.analysis.folder import open_adapter, refuse_existing
@@ -46,7 +44,7 @@ from qlora_train.errors import DataError, ModelError, RecipeError, UserError
 from qlora_train.evaluate.chat import ChatSession
 from qlora_train.evaluate.sides import SideScores, score_side
 from qlora_train.evaluate.validation import BASE_FIX
-from qlora_train.export.base import BaseReader, as_float32
+from qlora_train.export.base import BaseReader
 from qlora_train.export.formats.run import FormatResult, FormatsResult, Heard
 from qlora_train.export.formats.run import export_formats as publish_formats
 from qlora_train.export.run import ExportResult, run_export
@@ -459,16 +457,21 @@ def _subject(run: Path, with_base: bool, notices: list[str]) -> Subject:
     """An adapter with what can be known of its start and its base."""
     opened = open_adapter(run)
     name, method, r = run.resolve().name, opened.method.name, opened.config.r
-    start = read_weight = None
+    start = before = None
     if opened.run_dir is not None and with_base:
         try:
             finished = open_run(opened.run_dir.root)
             source = finished.source()
-            read_weight = partial(_read_weight, BaseReader(finished, source))
+            reader = BaseReader(finished, source)
+            before = Before(reader, corrections_of(reader, opened.updates()) if keeps_no_start(opened.config) else {})
             start = start_of(finished, source)
         except UserError as error:
             notices.append(f"{run}: its base is not looked at: {error.problems[0].what}")
-    updates, left_out = matrices_of(opened.changes())
+    starts = before.corrections if before else {}
+    if keeps_no_start(opened.config) and not starts:
+        notices.append(f"{run}: what A and B began with counts as change: {NO_START}")
+    read_weight = before.weight if before else None
+    updates, left_out = matrices_of(opened.changes(starts))
     notices += [f"{run}: {what}" for what in left_out]
     plain = {module: update for module, update in updates.items() if isinstance(update, Delta)}
     if len(plain) == len(updates) or read_weight is None:
@@ -476,16 +479,6 @@ def _subject(run: Path, with_base: bool, notices: list[str]) -> Subject:
     deltas, notice = thin(updates, read_weight, 4 * r)
     notices.append(f"{run}: {notice}")
     return Subject(name, method, r, deltas, None, read_weight)
-
-
-def _read_weight(reader: BaseReader, module: str) -> tuple[Tensor, float | None]:
-    """The weight before training, in float32, with what a start took out of it; how far quantising took it away."""
-    name = f"{module}.weight"
-    original = reader.original(name)
-    held, taken = as_float32(reader.as_trained(name, original)), reader.taken(name)
-    is_quantised = reader.recorded(name).quantised
-    error = float((reader.started(name, original).float() - held).norm()) if is_quantised else None
-    return held if taken is None else held + taken.delta().to(held.device), error
 
 
 def env() -> dict[str, Any]:

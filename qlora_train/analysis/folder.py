@@ -71,10 +71,10 @@ class OpenedAdapter:
         """Its updates by module. Holds all of its tensors."""
         return {name.removesuffix(".weight"): update for name, update in read_updates(self.folder).items()}
 
-    def changes(self) -> dict[str, Update]:
+    def changes(self, starts: Mapping[str, Taken] | None = None) -> dict[str, Update]:
         """What training changed, by module, as factors where it is of low rank: embeddings too, and of rank 2 r where
-        A and B began as a part of the base."""
-        taken, updates = read_taken(self.folder), self.updates()
+        A and B began away from zero: as the folder says, or as `starts` does, by parameter of the base."""
+        taken, updates = read_taken(self.folder) | dict(starts or {}), self.updates()
         return {module: _trained_part(update, taken.get(f"{module}.weight")) for module, update in updates.items()}
 
     def deltas(self) -> dict[str, Delta]:
