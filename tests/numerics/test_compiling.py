@@ -9,12 +9,14 @@ import pytest
 import torch
 from peft import PeftModel
 
-from qlora_train.adapters.layers import lora_layers
+from qlora_train.adapters.layers import adapted_layers, lora_layers
 from qlora_train.model.causal import CausalModel
 from qlora_train.model.checkpointing import Checkpointing, apply_checkpointing, decoder_layers
 from qlora_train.model.compiling import compile_layers, compiler_fault
 from tests.loading import gradients, tiny_base, with_adapter
+from tests.methods.cases import build, section_of, shake, write_experts
 from tests.numerics.test_fused_linear import batch, step
+from tests.tiny import build_tiny_lfm2, build_tiny_llama
 
 FAULT = compiler_fault(torch.device("cpu"))
 pytestmark = pytest.mark.skipif(FAULT is not None, reason=f"no compiler: {FAULT}")
@@ -55,6 +57,29 @@ def test_compiled_layers_train_alike_and_keep_the_early_stop(tiny_llama_dir: Pat
     with torch.no_grad():
         CausalModel(model).loss_sum(batch(rows=3, length=9))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == counts, "evaluation is not compiled"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["mole", "flora_core"])
+def test_gates_of_layers_and_weights_of_convolutions_go_with_compiled_layers(method: str, tmp_path: Path) -> None:
+    """Both act inside of a decoder layer and outside of its linear layers."""
+    if method == "mole":
+        folder = build_tiny_llama(tmp_path / "model")
+        section = section_of("mole", write_experts(folder, tmp_path), granularity="layer")
+    else:
+        folder = build_tiny_lfm2(tmp_path / "model")
+        section = section_of("flora_core", target_modules=("conv", "q_proj"))
+    model = build(folder, section).model
+    for layer in adapted_layers(model).values():
+        shake(layer)
+    expected_loss, expected = step(model)
+    compile_layers(model)
+    for policy in (Checkpointing(), Checkpointing("full")):
+        apply_checkpointing(model, policy)
+        loss, found = step(model)
+        torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=0)
+        for name in expected:
+            assert float((found[name] - expected[name]).norm() / expected[name].norm()) < 1e-4, name
 
 
 def test_a_machine_without_a_compiler_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
