@@ -26,8 +26,8 @@ class LayerGate:
     loss is left there.
     """
 
-    def __init__(self, form: MixtureForm, holder: Lora4bit | LoraFloat) -> None:
-        self._form, self.holder = form, holder
+    def __init__(self, form: MixtureForm, holder: Lora4bit | LoraFloat, adapter: str) -> None:
+        self._form, self.holder, self._adapter = form, holder, adapter
         self._input: Tensor | None = None
         self._gates: Tensor | None = None
 
@@ -53,7 +53,8 @@ class LayerGate:
         """
         assert self._input is not None, "the decoder layer is not running"
         if self._gates is None:
-            self._gates = self._form.gates_noted(self.holder, rms_norm(self._input.float(), self._input.shape[-1:]))
+            normed = rms_norm(self._input.float(), self._input.shape[-1:])
+            self._gates = self._form.gates_noted(self.holder, self._adapter, normed)
         tokens = x.shape[:-1]
         if tokens.numel() != self._gates.shape[:-1].numel():
             raise ModelError(
@@ -75,7 +76,7 @@ def share_gates(model: PeftModel, form: MixtureForm, adapter: str, *, trainable:
     for name, layer in lora_layers(model).items():
         outer = decoder_layer_of(model, name)
         if outer not in gates:
-            gates[outer] = LayerGate(form, layer)
+            gates[outer] = LayerGate(form, layer, adapter)
             for attribute, values in form.gate_start(width, layer.lora_A[adapter].weight).items():
                 hold(layer, attribute, adapter, values, is_buffer=False)
             for attribute in (GATE, TAU):

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_train.adapters.attach import load_adapter
+from qlora_train.adapters.config import section_config
 from qlora_train.adapters.fold import read_updates
 from qlora_train.adapters.forms.base import layer_tensors
 from qlora_train.adapters.forms.mole import GATE, TAU, Granularity, MixtureForm
@@ -30,6 +31,7 @@ from qlora_train.errors import ModelError
 from qlora_train.model import compiling
 from qlora_train.model.checkpointing import Checkpointing, apply_checkpointing
 from qlora_train.model.compiling import compile_layers
+from qlora_train.recipe.schema import AdapterSection
 from tests.commandline import run_cli, write_recipe
 from tests.loading import tiny_base
 from tests.methods.cases import IDS, Case, build, section_of, write_experts
@@ -327,9 +329,9 @@ def test_a_recomputed_gate_is_of_the_layer_s_own_input(layered: Case) -> None:
     layered.model.train()
     with pytest.MonkeyPatch.context() as patch:
 
-        def counted(self: MixtureForm, layer: Any, x: torch.Tensor) -> torch.Tensor:
+        def counted(self: MixtureForm, layer: Any, adapter: str, x: torch.Tensor) -> torch.Tensor:
             calls.append((id(layer), x.detach().clone()))
-            return gates_noted(self, layer, x)
+            return gates_noted(self, layer, adapter, x)
 
         patch.setattr(MixtureForm, "gates_noted", counted)
         layered.causal.loss_sum(layered.batches[0]).backward()
@@ -424,3 +426,18 @@ def test_a_mixture_on_a_deep_model_is_planned(granularity: str, tmp_path: Path) 
         term for term in json.loads(outcome.out)["terms"] if term["cause"] == "adapter" and term["stage"] == "disk"
     ]
     assert on_disk["num_bytes"] == 4 * trained
+
+
+def test_beside_another_adapter_the_gates_hold_too(case: Case) -> None:
+    """PEFT adds up what is active, through the form's other forward pass."""
+    scatter(case)
+    layer = gated(case)[0]
+    x = torch.randn(5, width_of(layer))
+    alone, base = run(layer, x), layer.get_base_layer()(x)
+    case.model.add_adapter("other", section_config(AdapterSection(r=2, target_modules=("q_proj",))))
+    with torch.no_grad():
+        weight_A, weight_B = layer.lora_A["other"].weight, torch.nn.init.normal_(layer.lora_B["other"].weight)
+        other = torch.nn.functional.linear(torch.nn.functional.linear(x, weight_A), weight_B) * layer.scaling["other"]
+    layer.set_adapter(["default", "other"])
+    torch.testing.assert_close(run(layer, x), alone + other, rtol=1e-5, atol=1e-5)
+    assert float((alone - base).abs().max()) > 1e-4 and layer.num_fallbacks == 1

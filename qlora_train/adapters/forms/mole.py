@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from qlora_train.adapters.forms.base import Form, Shapes, Tensors
+from qlora_train.adapters.forms.base import Form, Shapes, Tensors, layer_tensors
 from qlora_train.adapters.updates import Update
 from qlora_train.errors import ModelError
 
@@ -68,22 +68,30 @@ class MixtureForm(Form):
             logits = logits.index_fill(-1, torch.tensor(sorted(self.masked), device=x.device), -torch.inf)
         return logits.softmax(dim=-1)
 
-    def gates_noted(self, layer: Any, x: Tensor) -> Tensor:
+    def gates_noted(self, layer: Any, adapter: str, x: Tensor) -> Tensor:
         """Those of the gate that lies in an adapted layer; their mean is left there for the balance loss."""
-        gates = self.gates(layer.own_tensors(), x)
+        gates = self.gates(layer_tensors(layer, adapter), x)
         if torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1:  # not in a recomputation
             layer.mean_gates = gates.flatten(0, -2).mean(dim=0)
         return gates
 
     def own_forward(self, layer: Any, adapter: str, x: Tensor) -> Tensor:
         """The layer's output."""
-        tensors = layer.own_tensors()
-        gates = layer.layer_gate.gates(x) if self.granularity == "layer" else self.gates_noted(layer, x)
+        result: Tensor = self._weighed(layer, adapter, x) + layer.base_layer(x)
+        return result
+
+    def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+        """PEFT's way, beside other adapters."""
+        return result + self._weighed(module, active_adapter, x).to(result.dtype)
+
+    def _weighed(self, layer: Any, adapter: str, x: Tensor) -> Tensor:
+        """The experts' updates by their gates, scaling included."""
+        tensors = layer_tensors(layer, adapter)
+        gates = layer.layer_gate.gates(x) if self.granularity == "layer" else self.gates_noted(layer, adapter, x)
         down = nn.functional.linear(layer.lora_dropout[adapter](x), tensors["lora_A"].to(x.dtype))
         weights = gates.repeat_interleave(down.shape[-1] // self.num_experts, dim=-1)
-        update = nn.functional.linear(down * weights.to(x.dtype), tensors["lora_B"].to(x.dtype))
-        result: Tensor = update * layer.scaling[adapter] + layer.base_layer(x)
-        return result
+        update: Tensor = nn.functional.linear(down * weights.to(x.dtype), tensors["lora_B"].to(x.dtype))
+        return update * layer.scaling[adapter]
 
     def update(self, tensors: Tensors, scaling: float) -> Update:
         """There is none."""
