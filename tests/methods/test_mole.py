@@ -441,3 +441,15 @@ def test_beside_another_adapter_the_gates_hold_too(case: Case) -> None:
     layer.set_adapter(["default", "other"])
     torch.testing.assert_close(run(layer, x), alone + other, rtol=1e-5, atol=1e-5)
     assert float((alone - base).abs().max()) > 1e-4 and layer.num_fallbacks == 1
+
+
+def test_the_balance_is_a_mean_over_decoder_layers(layered: Case) -> None:
+    """Each layer's gate counts once, however many matrices it serves."""
+    balance = Balance(layered.model, layered.section.model_copy(update={"balance": 1.0}))
+    layered.model.train()
+    layered.causal.loss_sum(layered.batches[0])
+    first, second = [layer for layer in lora_layers(layered.model).values() if "mean_gates" in vars(layer)]
+    first.mean_gates, second.mean_gates = torch.tensor([0.9, 0.1]), torch.tensor([0.3, 0.7])
+    found = balance.extra_loss(1.0)
+    assert found is not None and float(found) == pytest.approx(-math.log(0.6) - math.log(0.4), rel=1e-5)
+    assert balance.figures() == pytest.approx({"gate_0": 0.6, "gate_1": 0.4})
