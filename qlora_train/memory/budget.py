@@ -30,6 +30,7 @@ class Costs:
     saved_bytes: Mapping[Kind, int]  # one layer, between its forward and its backward pass, its output included
     transient_bytes: int  # most that one layer holds besides while it runs forward or backward
     dense_layer_bytes: int  # the 4-bit weights of one layer in the compute dtype; 0 where none are in 4 bit
+    held_out_bytes: int = 0  # what an evaluation, or its generated answers, hold beyond model and optimiser
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,8 @@ def choose(costs: Costs, limit_bytes: int, asked: Asked) -> Choice:
     """The fastest settings within the limit, of those that `asked` leaves open.
 
     Memory goes first into computing less again, which costs up to a third of a step, then into resident layers, which
-    save dequantisations, a tenth. More memory never gives a slower choice: tests/unit/memory/test_budget.py. Raises
-    RecipeError as `check_resident` does.
+    save dequantisations, a tenth. Resident layers are held in evaluations, too: they leave room for those. More memory
+    never gives a slower choice: tests/unit/memory/test_budget.py. Raises RecipeError as `check_resident` does.
     """
     fixed = asked.resident_layers
     check_resident(fixed, costs.num_layers)
@@ -101,7 +102,8 @@ def choose(costs: Costs, limit_bytes: int, asked: Asked) -> Choice:
     fastest = min(fitting, key=lambda policy: (rerun_layers(costs, policy), peaks[policy]))
     num_resident = least
     if fixed == "auto" and costs.dense_layer_bytes:
-        num_resident = min(costs.num_layers, (limit_bytes - peaks[fastest]) // costs.dense_layer_bytes)
+        spare = limit_bytes - max(peaks[fastest], costs.model_bytes + costs.optimizer_bytes + costs.held_out_bytes)
+        num_resident = min(costs.num_layers, max(0, spare) // costs.dense_layer_bytes)
     return Choice(fastest, num_resident, predict_peak(costs, fastest, num_resident), fits=True)
 
 

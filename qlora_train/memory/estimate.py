@@ -25,6 +25,7 @@ from qlora_train.memory.constants import (
     HOST_LIBRARIES,
     Constant,
 )
+from qlora_train.memory.generation import generation_terms
 from qlora_train.memory.live import CUDA_BLOCK_BYTES, LiveBytes
 from qlora_train.memory.measure import measure_costs, trial_batch
 from qlora_train.memory.meta import DeviceKind, MetaModel, ModelStyle, as_on, base_tensors, build_meta_model
@@ -238,12 +239,25 @@ class Shallow:
         costs = costs_on_meta(self.model, self.request.batch(), optimizer_of(recipe))
         layer = self._layer(rounded=False)
         gradient_bytes = sum(p.nbytes for p in self._trainable) + self.num_more * layer[ADAPTER]
-        return replace(
+        costs = replace(
             costs,
             num_layers=self.num_layers,
             model_bytes=costs.model_bytes + self.num_more * sum(layer.values()),
             optimizer_bytes=gradient_bytes + self.optimizer_bytes(whole=True),
         )
+        if not recipe.data.holds_out:
+            return costs
+        return replace(costs, held_out_bytes=self._held_out_peak() - costs.model_bytes - costs.optimizer_bytes)
+
+    def _held_out_peak(self) -> int:
+        """Most of an evaluation and of the answers it generates, with no layer dense."""
+        recipe = self.request.recipe
+        style = StepStyle(optimizer=optimizer_of(recipe))
+        peak = self.evaluation(style).peak_bytes
+        if recipe.eval.generate_rows:
+            terms = generation_terms(recipe, self.request.config, self.request.row_tokens)
+            peak = max(peak, self.prompts(style).peak_bytes + sum(term.num_bytes for term in terms))
+        return peak
 
     def step(self, style: StepStyle, costs: Costs) -> StepTrace | None:
         """The trace of a training step of the whole model; None where only the whole model's own would be right.
@@ -309,6 +323,10 @@ class Shallow:
         static = self._static(accumulates=False)
         more = {**static, RESIDENT: (style.resident_layers - here) * dense}
         return _with_more(trace, more, held=tuple(more))
+
+    def prompts(self, style: StepStyle) -> StepTrace:
+        """The same of the prompts of answers: no head, no loss."""
+        return self.evaluation(replace(style, loss=lambda model, batch: model.hidden(batch)))
 
     @property
     def num_more(self) -> int:

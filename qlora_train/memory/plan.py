@@ -24,9 +24,10 @@ from qlora_train.memory.estimate import (
     with_split,
 )
 from qlora_train.memory.formula import formula_peak
+from qlora_train.memory.generation import generation_terms
 from qlora_train.memory.meta import DeviceKind, build_meta_model
 from qlora_train.memory.moments import WHOLE_WEIGHTS, optimizer_of
-from qlora_train.memory.stages import disk_terms, export_terms, generation_terms, parameter_counts
+from qlora_train.memory.stages import disk_terms, export_terms, parameter_counts
 from qlora_train.memory.terms import ON_DEVICE, STAGES, How, Stage, Term
 from qlora_train.memory.trace import CAUSES, StepStyle, StepTrace, trace_step
 from qlora_train.model.lord import MOMENT_BYTES
@@ -161,9 +162,8 @@ def _whole_step(request: Request, style: StepStyle) -> StepTrace:
 def _evaluation_terms(request: Request, shallow: Shallow, style: StepStyle) -> Iterator[Term]:
     yield from _traced("evaluation", shallow.evaluation(style), request.device)
     if request.recipe.eval.generate_rows:
-        prompts = replace(style, loss=lambda model, batch: model.hidden(batch))
-        yield from _traced("generation", shallow.evaluation(prompts), request.device)
-        yield from generation_terms(request, shallow.model)
+        yield from _traced("generation", shallow.prompts(style), request.device)
+        yield from generation_terms(request.recipe, request.config, request.row_tokens)
 
 
 def _traced(stage: Stage, trace: StepTrace, device: DeviceKind) -> Iterator[Term]:

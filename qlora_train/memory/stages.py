@@ -1,4 +1,4 @@
-"""Stages of a run that are not traced: generation, export and disk, by formulas of what the code holds."""
+"""Stages of a run that are not traced: export and disk, by formulas of what the code holds."""
 
 from __future__ import annotations
 
@@ -11,37 +11,10 @@ from torch import nn
 
 from qlora_train.memory.constants import HOST_LIBRARIES
 from qlora_train.memory.estimate import Request, Shallow
-from qlora_train.memory.meta import MetaModel
 from qlora_train.memory.terms import Term
 from qlora_train.model.checkpointing import decoder_layers
 from qlora_train.model.low_rank import low_rank_layers
 from qlora_train.model.source import GGUF_SUFFIX
-
-
-def generation_terms(request: Request, model: MetaModel) -> Iterator[Term]:
-    """What answers of held-out rows hold besides the model: prompts of the longest row, and so many new tokens."""
-    section, config = request.recipe.eval, request.config.get_text_config()
-    num_lines, num_prompt = section.batch_size, request.row_tokens
-    num_positions = num_prompt + section.max_new_tokens
-    width = model.style.compute_dtype.itemsize
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    num_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    layer = 2 * num_lines * num_positions * num_kv_heads * head_dim * width
-    yield Term(
-        "generation",
-        "keys and values",
-        (config.num_hidden_layers + 1) * layer,
-        "formula",
-        "2 x rows x positions x key heads x head dim x bytes, each layer; one layer twice while it grows",
-    )
-    repeated = 2 * num_lines * num_prompt * config.num_attention_heads * head_dim * width
-    yield Term(
-        "generation",
-        "attention of prompts",
-        num_lines * num_prompt**2 + (repeated if num_kv_heads != config.num_attention_heads else 0),
-        "formula",
-        "mask of rows x prompt x prompt bytes (prompts are padded on the left); keys and values of every query head",
-    )
 
 
 def parameter_counts(shallow: Shallow) -> tuple[int, int]:

@@ -299,7 +299,7 @@ class TrainSection(Section):
     resident_layers: Literal["auto"] | NonNegativeInt = Field(
         "auto",
         description="Layers of which a dequantised copy in compute_dtype is kept: faster, 4 times the memory of their "
-        "weights. auto: as many as memory_limit_gib leaves room for.",
+        "weights. auto: as many as memory_limit_gib leaves room for beside a step and an evaluation.",
     )
     memory: Literal["fixed", "auto"] = Field(
         "fixed",

@@ -18,11 +18,13 @@ from qlora_train.adapters.schedules import method_hooks
 from qlora_train.adapters.tokens import NewTokens, indices_for
 from qlora_train.artifacts.layout import RunDir
 from qlora_train.data.account import build_loader, steps_notice
-from qlora_train.data.loader import Loader
+from qlora_train.data.loader import Loader, eval_batches
 from qlora_train.data.split import Split, load_splits
 from qlora_train.environment import environment
-from qlora_train.errors import Collected, MachineError
+from qlora_train.errors import Collected, MachineError, is_out_of_memory
 from qlora_train.memory.budget import check_resident
+from qlora_train.memory.estimate import Request, Shallow
+from qlora_train.memory.meta import device_kind
 from qlora_train.model.attention import check_packable
 from qlora_train.model.binding import check_start, refuse_other_start
 from qlora_train.model.causal import CausalModel
@@ -223,7 +225,9 @@ def prepare(
             reporter.warning(notice)
     facts = adapter_facts(model)
     compiling = settle_compiling(recipe, _loader(recipe, inputs), facts.num_frozen, base.device)
-    memory = settle_memory(recipe, causal, inputs.train.table, bound, compiled=compiling.on)
+    memory = settle_memory(
+        recipe, causal, inputs.train.table, bound, compiled=compiling.on, held_out_bytes=_held_out_bytes(recipe, inputs)
+    )
     recipe = with_split(recipe, memory.micro_batch_size, memory.grad_accum_steps)
     loader = _loader(recipe, inputs)
     if notice := steps_notice(recipe.train, loader):
@@ -274,6 +278,21 @@ def _given_adapters(recipe: Recipe) -> list[Path]:
     """Finished adapters that this run builds on: one to go on from, or the experts of a mixture."""
     start = recipe.adapter.init_from
     return [*([start] if start is not None else []), *recipe.adapter.experts]
+
+
+def _held_out_bytes(recipe: Recipe, inputs: Inputs) -> int:
+    """Of `Costs`, as a plan has it. 0 where the model cannot be traced: it can be trained nonetheless."""
+    if inputs.eval is None:
+        return 0
+    largest = next(eval_batches(inputs.eval.table, recipe.eval.batch_size, inputs.tokenizer.pad_token_id))
+    longest, kind = int(inputs.train.table.lengths.max()), device_kind(resolve_device(recipe.model.device))
+    request = Request(recipe, inputs.config, kind, longest_row=longest, evaluation_batch=largest)
+    try:
+        return Shallow(request).costs().held_out_bytes
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        return 0
 
 
 def _loader(recipe: Recipe, inputs: Inputs) -> Loader:

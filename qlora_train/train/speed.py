@@ -113,12 +113,13 @@ def settle_memory(
     bound: Mapping[str, Any] | None = None,
     *,
     compiled: bool = False,
+    held_out_bytes: int = 0,
 ) -> MemoryUse:
     """Choose what the recipe leaves open, for the heaviest micro-batch that the data can give.
 
-    `compiled`: layers will be, as `settle_compiling` says. `bound`: the recipe's keys as a checkpoint to go on from has
-    them; a step is split as it was there. Nothing of the model is changed. Costs a few passes through one layer and the
-    loss head for each split that is tried.
+    `compiled`: layers will be, as `settle_compiling` says. `held_out_bytes`: of `Costs`. `bound`: the recipe's keys
+    as a checkpoint to go on from has them; a step is split as it was there. Nothing of the model is changed. Costs
+    a few passes through one layer and the loss head for each split that is tried.
     """
     section, device = recipe.train, causal.head.weight_VH.device
     asked, longest = replace(asked_of(recipe), compiled=compiled), int(table.lengths.max())
@@ -127,6 +128,7 @@ def settle_memory(
         batch = heaviest_batch(with_split(recipe, size, count), longest, device_kind(device))
         try:
             costs = measure_costs(causal, batch.to(device), optimizer_of(recipe))
+            costs = replace(costs, held_out_bytes=held_out_bytes)
         except Exception as error:
             if not settled or not is_out_of_memory(error):
                 raise

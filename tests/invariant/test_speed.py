@@ -21,7 +21,8 @@ from tests.commandline import write_recipe
 
 
 def prepared(folder: Path, model: Path, **keys: Any) -> Prepared:
-    recipe = write_recipe(folder, model, **{f"train__{key}": value for key, value in keys.items()})
+    sections = {key if "__" in key else f"train__{key}": value for key, value in keys.items()}
+    recipe = write_recipe(folder, model, **sections)
     return prepare(load_recipe(recipe, ()).recipe, RunDir(folder / "run"), Silent())
 
 
@@ -62,6 +63,15 @@ def test_resident_layers(tmp_path: Path, tiny_llama_dir: Path) -> None:
     assert num_resident(prepared(tmp_path / "one", tiny_llama_dir, resident_layers=1)) == 7
     with pytest.raises(RecipeError, match="resident_layers is 3, but the model has 2"):
         prepared(tmp_path / "three", tiny_llama_dir, resident_layers=3)
+
+
+def test_evaluations_find_the_room_that_resident_layers_leave(tmp_path: Path, tiny_llama_dir: Path) -> None:
+    roomy = prepared(tmp_path / "roomy", tiny_llama_dir, checkpointing="none").speed.memory
+    assert roomy.choice.resident_layers == 2
+    limit = {"checkpointing": "none", "memory_limit_gib": (roomy.choice.peak_bytes + 1) / 2**30}
+    assert prepared(tmp_path / "same", tiny_llama_dir, **limit).speed.memory.choice == roomy.choice
+    wide = prepared(tmp_path / "wide", tiny_llama_dir, eval__batch_size=512, **limit).speed.memory.choice
+    assert wide.resident_layers == 0 and wide.checkpointing == roomy.choice.checkpointing
 
 
 def split_of(found: Prepared) -> tuple[int, int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from qlora_train.memory.budget import Choice
@@ -40,16 +42,21 @@ def test_the_multiplied_trace_is_the_whole_trace(
     family: str, device: DeviceKind, policies: tuple[tuple[Checkpointing, int], ...]
 ) -> None:
     recipe = recipe_of(
-        data={"seq_len": 64}, train={"micro_batch_size": 2, "grad_accum_steps": 2}, eval={"batch_size": 2}
+        data={"seq_len": 64},
+        train={"micro_batch_size": 2, "grad_accum_steps": 2},
+        eval={"batch_size": 2, "generate_rows": 0},
     )
     request = Request(recipe, tiny_config(family, 6), device)
     whole, shallow = build_meta_model(request.config, model_style(recipe, device), device), Shallow(request)
     batch, costs = heaviest_batch(recipe, 64, device), shallow.costs()
-    assert costs == costs_on_meta(whole, batch, "adamw")
+    assert replace(costs, held_out_bytes=0) == costs_on_meta(whole, batch, "adamw")
     for policy, resident in policies:
         style = step_style(recipe, Choice(policy, resident, 0, fits=True))
         assert shallow.step(style, costs) == trace_step(whole, batch, style), policy
-    assert shallow.evaluation(style) == trace_evaluation(whole, evaluation_batch(recipe, 64), style)
+    held_out = trace_evaluation(whole, evaluation_batch(recipe, 64), style)
+    assert shallow.evaluation(style) == held_out
+    dense = trace_evaluation(whole, evaluation_batch(recipe, 64), replace(style, resident_layers=0))
+    assert costs.model_bytes + costs.optimizer_bytes + costs.held_out_bytes == dense.peak_bytes
 
 
 def test_without_accumulation_gradients_may_outgrow_activations() -> None:

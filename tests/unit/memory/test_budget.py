@@ -94,6 +94,16 @@ def test_no_4bit_weights_no_resident_layers() -> None:
     assert choose(replace(COSTS, dense_layer_bytes=0), 10_000, Asked()).resident_layers == 0
 
 
+@pytest.mark.parametrize(
+    ("held_out", "limit", "resident"),
+    [(0, 397, 4), (245, 397, 4), (246, 397, 3), (277, 397, 0), (10_000, 397, 0), (10_000, 10_151, 3)],
+)
+def test_resident_layers_leave_room_for_evaluations(held_out: int, limit: int, resident: int) -> None:
+    """Base, adapter and optimiser are 120; a resident layer is 8. Nothing is computed again for an evaluation."""
+    choice = choose(replace(COSTS, held_out_bytes=held_out), limit, Asked())
+    assert (choice.checkpointing.kind, choice.resident_layers, choice.fits) == ("none", resident, True)
+
+
 def test_more_resident_layers_than_layers_is_an_error() -> None:
     with pytest.raises(RecipeError, match=r"train\.resident_layers is 5, but the model has 4 layers"):
         choose(COSTS, 1000, Asked(resident_layers=5))
@@ -113,6 +123,7 @@ def all_costs(draw: st.DrawFn) -> Costs:
         saved_bytes={"full": full, "selective": full + kept, "none": full + kept + rest},
         transient_bytes=draw(sizes),
         dense_layer_bytes=draw(sizes),
+        held_out_bytes=draw(sizes),
     )
 
 

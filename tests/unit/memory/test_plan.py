@@ -84,6 +84,22 @@ def test_the_split_of_a_step_is_settled_with_the_rest() -> None:
     assert tight.settings()["micro_batch_size"] < 8 and tight.settings()["checkpointing"] == "none"
 
 
+@pytest.mark.parametrize(
+    ("rows", "new_tokens", "kept"), [(6, 0, 4), (7, 0, 1), (100, 0, 0), (2, 64, 4), (2, 2_840, 2), (2, 4_000, 0)]
+)
+def test_resident_layers_leave_room_for_what_is_held_out(rows: int, new_tokens: int, kept: int) -> None:
+    """An evaluation may take more than a step does: `auto` keeps no layer dense in the room that it needs."""
+    config, evaluation = tiny_config("llama", 4), {"batch_size": rows, "generate_rows": 2 if new_tokens else 0}
+    sections = {"data": {"seq_len": 256}, "eval": evaluation | ({"max_new_tokens": new_tokens} if new_tokens else {})}
+    train = {"micro_batch_size": 1, "checkpointing": "none", "resident_layers": 4}
+    limit = plan_training(recipe_of(**sections, train=train), config, device="cpu").choice.peak_bytes
+    train |= {"resident_layers": "auto", "memory_limit_gib": limit / GIB}
+    plan = plan_training(recipe_of(**sections, train=train), config, device="cpu")
+    held_out = [sum(t.num_bytes for t in plan.of(stage) if t.how != "constant") for stage in ON_DEVICE[1:]]
+    assert plan.choice.resident_layers == kept
+    assert kept == 0 or max(held_out) <= limit
+
+
 def test_the_formula_is_no_cross_check_of_a_runs_own_batch() -> None:
     recipe, config = recipe_of(data={"seq_len": 64, "eval": ()}), tiny_config("llama", 2)
     batch = trial_batch(1, 64, 16, packed=True)
