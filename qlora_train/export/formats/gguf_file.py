@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,8 @@ FILE_TYPES = {
     "Q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
     "Q4_1": (GGMLQuantizationType.Q4_1, LlamaFileType.MOSTLY_Q4_1),
 }
-BLOCK = 32  # of Q8_0 and Q4_1
+IN_BLOCKS = ("Q8_0", "Q4_1")
+BLOCK = 32  # of these
 VOCABULARIES = frozenset({"token_embd.weight", "output.weight"})
 
 
@@ -90,7 +92,7 @@ class GgufModelWriter:
     def _kind(self, name: str, shape: Sequence[int]) -> GGMLQuantizationType:
         if len(shape) < 2:
             return GGMLQuantizationType.F32
-        in_blocks = self._wide in (GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q4_1)
+        in_blocks = self._wide.name in IN_BLOCKS
         # Four bits are for what an INT4 base has them for: the linear layers, whose steps and lowest values these are.
         if (in_blocks and shape[-1] % BLOCK) or (self._wide == GGMLQuantizationType.Q4_1 and name in VOCABULARIES):
             return GGMLQuantizationType.F16
@@ -141,6 +143,14 @@ class GgufModel:
         """Some rows. Those of an embedding or a head lie there as in transformers: no others are dequantised."""
         name = self._layout.name(parameter)
         return self._stored(name, slice(start, stop)) if name in VOCABULARIES else self[parameter][start:stop]
+
+    def shares(self) -> dict[str, float]:
+        """The share of the matrices' weights that has each type, the most used first."""
+        counts: Counter[str] = Counter()
+        for tensor in self._tensors.values():
+            if len(tensor.shape) > 1:
+                counts[tensor.tensor_type.name] += int(tensor.n_elements)
+        return {kind: count / counts.total() for kind, count in counts.most_common()}
 
     def unequal(self, digests: Mapping[str, str]) -> list[str]:
         """Parameters that are not to the bit what was to be written, and tensors that belong to none."""

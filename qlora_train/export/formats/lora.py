@@ -21,6 +21,12 @@ from qlora_train.untrusted import read_header, read_json_object
 
 # What vLLM takes for --max-lora-rank (vllm/config/lora.py, MaxLoRARanks), but for 1, which is no rank to pad to.
 SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+# Fields of PEFT's config for which vLLM has no code (vllm/lora/peft_helper.py, _validate_features).
+_UNSET_FOR_VLLM = (
+    *("modules_to_save", "use_dora", "lora_bias", "alora_invocation_tokens", "layer_replication", "use_bdlora"),
+    "use_qalora",
+)
+_PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")  # others change the base's weights as PEFT loads
 
 
 def served_rank(deltas: Mapping[str, Delta]) -> int:
@@ -97,19 +103,21 @@ def _keep_plain(path: Path) -> None:
 def vllm_problems(folder: Path, linear_names: Collection[str], max_lora_rank: int = SERVED_RANKS[-1]) -> list[str]:
     """Why vLLM would not load an adapter folder; empty if it would.
 
-    After vllm/lora/peft_helper.py (fields), vllm/lora/utils.py (names of tensors) and vllm/lora/lora_model.py (modules
-    of the model). Reads JSON and a header.
+    After vLLM 0.32, vllm/lora/peft_helper.py (fields), utils.py (names of tensors) and lora_model.py (modules of the
+    model); tests/e2e/test_vllm.py asks vLLM itself. Reads JSON and a header.
     """
     config = read_json_object(folder / CONFIG)
     problems = []
     if missing := {"r", "lora_alpha", "target_modules"} - config.keys():
         problems.append(f"{CONFIG} lacks {', '.join(sorted(missing))}")
-    if config.get("modules_to_save"):
-        problems.append("modules_to_save must be null")
-    if config.get("use_dora"):
-        problems.append("use_dora must be false")
+    problems += [f"{name} is {config[name]}, must be unset" for name in _UNSET_FOR_VLLM if config.get(name)]
     if config.get("bias", "none") != "none":
         problems.append(f"bias is {config['bias']}, must be none")
+    start = config.get("init_lora_weights", True)
+    if isinstance(start, str) and start.lower() not in _PLAIN_STARTS:
+        problems.append(f"init_lora_weights is {start}: PEFT changes the base's weights for it, and vLLM does not")
+    if config.get("r", 1) <= 0:
+        problems.append(f"rank {config['r']} is none")
     if config.get("r", 0) > max_lora_rank:
         problems.append(f"rank {config['r']} is above --max-lora-rank {max_lora_rank}")
     known = {name.rpartition(".")[2] for name in linear_names} | {"lm_head", "embed_tokens"}

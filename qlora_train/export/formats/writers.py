@@ -23,7 +23,7 @@ from qlora_train.export.card import base_name
 from qlora_train.export.configs import generation_settings, write_configs
 from qlora_train.export.formats import four_bit
 from qlora_train.export.formats.families import family_of, hyperparameters
-from qlora_train.export.formats.gguf_file import FILE_TYPES, GgufModel, GgufModelWriter
+from qlora_train.export.formats.gguf_file import FILE_TYPES, IN_BLOCKS, GgufModel, GgufModelWriter
 from qlora_train.export.formats.gguf_lora import read_gguf_lora, write_gguf_lora
 from qlora_train.export.formats.gptq import gptq, round_in_layers
 from qlora_train.export.formats.lora import served_rank, vllm_problems, write_lora
@@ -47,10 +47,15 @@ from qlora_train.quant.bnb import Params4bit, QuantSettings, cpu_width_multiple
 
 CALIBRATION_ROWS = 64
 QUANTIZER = "llama-quantize"
+K_WIDTH = 256  # of a block of a K-quant: other types hold what is not in whole blocks
 _ON_ITS_BASE = (
     "the figures are those of the adapter on the 4-bit base that it was trained on; a {} has other weights, and the "
     "two together are another model: a merged format is the one that was trained"
 )
+_ROUNDS_INPUTS = (
+    "the figures are of these weights, computed in float32: llama.cpp rounds what goes into such layers to 8 bits too"
+)
+_LAST_WITH_BITSANDBYTES = "vLLM up to 0.27"  # model_executor/layers/quantization/bitsandbytes.py is gone in 0.28
 K_QUANTS = ("q2_k", "q3_k_m", "q4_k_m", "q5_k_m", "q6_k")
 
 
@@ -120,6 +125,8 @@ def write_gguf(job: Job, folder: Path, file_type: str) -> Written:
     path, vocabulary = folder / f"model-{file_type}.gguf", job.vocabulary()
     model, notices = _write_gguf_file(job, path, file_type, vocabulary)
     notices = (*notices, *_write_modelfile(job, folder, path.name, vocabulary))
+    if file_type in IN_BLOCKS:
+        notices = (_ROUNDS_INPUTS, *notices)
     return Written(GgufWeights(model), _gguf_commands(path.name), notices)
 
 
@@ -150,12 +157,34 @@ def write_k_quant(job: Job, folder: Path, name: str) -> Written:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode or not path.is_file():
         what = (done.stderr or done.stdout).strip()[-500:]
-        raise MachineError(
-            f"{QUANTIZER} did not write {path.name}: {what}", fix=f"run it yourself: {shlex.join(command)}"
-        )
+        raise MachineError(f"{QUANTIZER} did not write {path.name}: {what}", fix=_by_hand(name))
     source.unlink()
-    notices = (*notices, *_write_modelfile(job, folder, path.name, vocabulary))
-    return Written(GgufWeights(GgufModel(path, job.config)), _gguf_commands(path.name), notices)
+    model = GgufModel(path, job.config)
+    notices = (
+        *notices,
+        _types_words(model, job),
+        _ROUNDS_INPUTS,
+        *_write_modelfile(job, folder, path.name, vocabulary),
+    )
+    return Written(GgufWeights(model), _gguf_commands(path.name), notices)
+
+
+def _by_hand(name: str) -> str:
+    """What to do without this program: the file that an export makes of its own for it is gone by then."""
+    return (
+        f"export --format gguf-f32, and in its folder, where llama.cpp is installed, run "
+        f"`{QUANTIZER} model-F32.gguf model-{name.upper()}.gguf {name.upper()}`"
+    )
+
+
+def _types_words(model: GgufModel, job: Job) -> str:
+    """What the file holds: its name is that of a mixture, from which `llama-quantize` falls back on narrow layers."""
+    words = ", ".join(f"{kind} for {share:.0%}" for kind, share in model.shares().items() if share >= 0.005)
+    widths = {layer.in_features for layer in linear_layers(build_skeleton(job.config)).values()}
+    if odd := sorted(width for width in widths if width % K_WIDTH):
+        listed = " and ".join(map(str, odd))
+        words += f"; K-quants need widths that are multiples of {K_WIDTH}, and layers here are {listed} wide"
+    return f"{QUANTIZER} took {words}"
 
 
 def write_adapter_gguf(job: Job, folder: Path) -> Written:
@@ -182,28 +211,27 @@ def write_plain_lora(job: Job, folder: Path) -> Written:
     write_golden(folder, job.golden)
     check_parity(folder, job.golden)
     quant, base = job.run.base_print.quant, job.run.recipe.model.path
-    in_four_bit = " --quantization bitsandbytes" if quant and _as_vllm_quantises(quant) else ""
     converted = base.endswith(GGUF_SUFFIX)  # training made safetensors of it, and vLLM takes no other
     served = (
-        f"vllm serve {'BASE' if converted else shlex.quote(base)}{in_four_bit} --enable-lora --max-lora-rank {rank} "
+        f"vllm serve {'BASE' if converted else shlex.quote(base)} --enable-lora --max-lora-rank {rank} "
         f"--lora-modules {shlex.quote(job.name)}=THIS_FOLDER"
     )
-    notices = [_ON_ITS_BASE.format("base that is not quantised so")] if quant else []
-    if quant and not in_four_bit:
-        notices.append(
-            f"vLLM does not quantise a base as this one was: {quant['quant_type']}, double quantisation "
-            f"{'on' if quant['double_quant'] else 'off'}, blocks of {quant['block_size']}"
-        )
+    notices = [_ON_ITS_BASE.format("base that is not quantised so"), _base_in_vllm(quant)] if quant else []
     if converted:
         notices.append(f"BASE stands for the model in safetensors that {base_name(base)} was made from")
     weights = AdapterWeights(TrainedWeights(BaseReader(job.run, job.source)), read_deltas(folder))
     return Written(weights, (served,), tuple(notices))
 
 
-def _as_vllm_quantises(quant: Mapping[str, Any]) -> bool:
-    """Whether a base is what vLLM makes of 16-bit weights while it loads them: bitsandbytes' NF4 with its defaults."""
+def _base_in_vllm(quant: Mapping[str, Any]) -> str:
+    """Whether there is a vLLM that makes of 16-bit weights what training did: bitsandbytes' NF4 with its defaults."""
     found = (quant["quant_type"], quant["double_quant"], quant["block_size"])
-    return found == (four_bit.NF4.quant_type, four_bit.NF4.double_quant, four_bit.NF4.block_size)
+    if found == (four_bit.NF4.quant_type, four_bit.NF4.double_quant, four_bit.NF4.block_size):
+        return f"{_LAST_WITH_BITSANDBYTES} gives the base its 4 bit by --quantization bitsandbytes, later ones cannot"
+    return (
+        f"no vLLM quantises a base as this one was: {quant['quant_type']}, double quantisation "
+        f"{'on' if quant['double_quant'] else 'off'}, blocks of {quant['block_size']}"
+    )
 
 
 def write_nf4(job: Job, folder: Path) -> Written:
@@ -214,7 +242,8 @@ def write_nf4(job: Job, folder: Path) -> Written:
     for stored in tensors.names:
         values, is_linear = tensors.exact(stored, torch.bfloat16), tensors.parameter(stored) in quantised
         writer.add(four_bit.encode_nf4(stored, values) if is_linear else {stored: values.to(torch.bfloat16)})
-    return _finish_four_bit(job, folder, tensors, writer, four_bit.nf4_config(skipped))
+    written = _finish_four_bit(job, folder, tensors, writer, four_bit.nf4_config(skipped))
+    return replace(written, commands=("transformers serve --force-model THIS_FOLDER",))
 
 
 def write_nf4_lora(job: Job, folder: Path) -> Written:
@@ -240,7 +269,11 @@ def write_nf4_lora(job: Job, folder: Path) -> Written:
     check_parity(base, job.golden)
     weights = AdapterWeights(FourBitFolder(base, stored_names), read_deltas(adapter))
     lora = f"--enable-lora --max-lora-rank {rank} --lora-modules {shlex.quote(job.name)}=THIS_FOLDER/adapter"
-    return Written(weights, (f"vllm serve THIS_FOLDER/base {lora}",))
+    notice = (
+        f"{_LAST_WITH_BITSANDBYTES} serves it, later ones read no weights of bitsandbytes; in Python "
+        "PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained('THIS_FOLDER/base'), 'THIS_FOLDER/adapter')"
+    )
+    return Written(weights, (f"vllm serve THIS_FOLDER/base {lora}",), (notice,))
 
 
 def write_w4a16(job: Job, folder: Path) -> Written:
@@ -328,8 +361,7 @@ def check_k_quant(job: Job, name: str) -> None:
     if shutil.which(QUANTIZER) is None:
         raise RecipeError(
             f"--format gguf-{name} needs llama.cpp's {QUANTIZER}, which is not on PATH",
-            fix=f"install llama.cpp; or export --format gguf-f32, and where it is installed run "
-            f"`{QUANTIZER} model-F32.gguf model-{name.upper()}.gguf {name.upper()}`",
+            fix=f"install llama.cpp; or {_by_hand(name)}",
         )
 
 
@@ -420,14 +452,14 @@ FORMATS: Mapping[str, Format] = {
         "the adapter for PEFT and vLLM", 0, write_plain_lora, check_adapter, merges=False, dtype=torch.float32
     ),
     "nf4-lora": Format(
-        "NF4 base as trained, adapter beside it (transformers, vLLM)",
+        "NF4 base as trained, adapter beside it (transformers, PEFT)",
         8,
         write_nf4_lora,
         check_nf4_lora,
         merges=False,
         dtype=torch.float32,
     ),
-    "nf4": Format("bitsandbytes NF4 (transformers, vLLM)", 8, write_nf4, check_nf4, lossy=True),
+    "nf4": Format("bitsandbytes NF4 (transformers)", 8, write_nf4, check_nf4, lossy=True),
     "w4a16": Format("compressed-tensors W4A16 (vLLM)", 8, write_w4a16, check_w4a16, lossy=True),
 }
 assert {name.removeprefix("gguf-").upper() for name in FORMATS} >= FILE_TYPES.keys()

@@ -139,7 +139,7 @@ def test_several_formats_have_a_repository_each(hub: type[Hub], made: Path, tmp_
     assert hub.repositories.keys() == {"me/m-gguf-lora"}, "the other is uploaded all the same"
     assert "adapter.gguf" in hub.repositories["me/m-gguf-lora"]
     card = (tmp_path / "out" / "lora" / "README.md").read_text()
-    assert "library_name: peft" in card and "vllm serve model --quantization bitsandbytes" in card
+    assert "library_name: peft" in card and "vllm serve model --enable-lora" in card
     assert str(made) not in card
 
 

@@ -24,6 +24,18 @@ from tests.tiny import CHAT_TEMPLATE, CORPUS
 
 VOCAB_SIZE = 512
 WINDOW = 16  # shorter than the texts that are compared
+# What vLLM's own reader refuses of a config that it reads otherwise: tests/e2e/test_vllm.py asks it.
+REFUSED_BY_VLLM: tuple[dict[str, Any], ...] = (
+    {"modules_to_save": ["lm_head"]},
+    {"use_dora": True},
+    {"bias": "all"},
+    {"lora_bias": True},
+    {"init_lora_weights": "pissa"},
+    {"layer_replication": [[0, 1]]},
+    {"use_qalora": True},
+    {"r": 600},
+    {"r": 0},
+)
 LLAMA_3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

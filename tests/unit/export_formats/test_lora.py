@@ -18,7 +18,7 @@ from qlora_train.export.formats import writers
 from qlora_train.export.formats.gguf_lora import read_gguf_lora, write_gguf_lora
 from qlora_train.export.formats.lora import folded, served_rank, vllm_problems, write_lora
 from qlora_train.model.skeleton import linear_layers
-from tests.unit.export_formats.served import random_model, tokenizer_for
+from tests.unit.export_formats.served import REFUSED_BY_VLLM, random_model, tokenizer_for
 
 TARGETS = ["q_proj", "k_proj", "up_proj"]
 
@@ -95,10 +95,9 @@ def test_a_rank_that_no_server_takes_is_refused() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"use_dora": True}, "use_dora"),
-        ({"bias": "all"}, "bias is all"),
+        *((changes, " ".join(changes)) for changes in REFUSED_BY_VLLM if "r" not in changes),
         ({"r": 600}, "rank 600 is above"),
+        ({"r": 0}, "rank 0"),
         ({"target_modules": None, "r": None}, ""),
     ],
 )
@@ -146,7 +145,7 @@ NF4 = {"quant_type": "nf4", "double_quant": True, "block_size": 64}
 @pytest.mark.parametrize(
     ("path", "quant", "command", "notice"),
     [
-        ("org/base", NF4, "vllm serve org/base --quantization bitsandbytes --enable-lora", "is not quantised so"),
+        ("org/base", NF4, "vllm serve org/base --enable-lora --max-lora-rank 8", "up to 0.27 gives the base its 4 bit"),
         ("org/base", None, "vllm serve org/base --enable-lora", ""),
         ("org/base", {**NF4, "double_quant": False}, "vllm serve org/base --enable-lora", "double quantisation off"),
         ("org/base", {**NF4, "block_size": 128}, "vllm serve org/base --enable-lora", "blocks of 128"),

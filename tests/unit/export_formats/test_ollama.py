@@ -148,8 +148,10 @@ def test_k_quants_keep_the_notices_of_the_file_they_are_made_of(
     monkeypatch.setattr(writers, "_write_gguf_file", write_file)
     monkeypatch.setattr(writers, "_write_modelfile", lambda *_: ("Modelfile: template none",))
     monkeypatch.setattr(writers, "GgufModel", lambda *_: None)
+    monkeypatch.setattr(writers, "_types_words", lambda *_: "all in Q4_K")
     written = writers.write_k_quant(job_with(tokenizer_with(None), tmp_path), tmp_path, "q4_k_m")
-    assert written.notices == ("the context is short", "Modelfile: template none")
+    assert written.notices[:2] == ("the context is short", "all in Q4_K") and "rounds what goes" in written.notices[2]
+    assert written.notices[3:] == ("Modelfile: template none",)
 
 
 def test_without_go_it_says_unverified(monkeypatch: pytest.MonkeyPatch) -> None:
