@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -160,7 +161,7 @@ def test_vllm_takes_the_folded_adapter(exported: tuple[Path, Outcome], run: Path
     from qlora_train.model.source import Source
 
     names = list(linear_layers(build_skeleton(load_config(Source("tiny", tiny_llama_dir)))))
-    rules = checks.check_vllm(exported[0] / "lora", names)[0]
+    rules = checks.check_vllm_rules(exported[0] / "lora", names, None)[0]
     assert rules.ok, rules.note
 
 
@@ -275,7 +276,10 @@ def test_a_format_that_is_too_far_off_is_refused_with_its_price(run: Path, tmp_p
         (["eval.generate_rows=3"], "eval.generate_rows has no effect here"),
     ],
 )
-def test_what_cannot_be_is_refused_before_any_work(arguments: list[str], words: str, run: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_is_refused_before_any_work(
+    arguments: list[str], words: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
     outcome = run_cli("export", run, tmp_path / "out", *arguments)
     assert outcome.code == 2 and words in outcome.err, outcome.err
     assert list(tmp_path.iterdir()) == []
@@ -297,6 +301,7 @@ def test_k_quants_by_llama_cpps_program(run: Path, tmp_path: Path, monkeypatch: 
     program.write_text("#!/bin/sh\necho no such type >&2\nexit 1\n")
     failed = run_cli("export", run, tmp_path / "other", "--format", "gguf-q4_k_m")
     assert failed.code == 6 and "no such type" in failed.err and not (tmp_path / "other").exists()
+    assert "llama-quantize model-F32.gguf model-Q4_K_M.gguf Q4_K_M" in " ".join(failed.err.split())
 
 
 def rows_left_in_place(monkeypatch: pytest.MonkeyPatch) -> str:

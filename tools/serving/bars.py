@@ -9,6 +9,8 @@ from typing import Any
 from proofs.common import WORK, Bar, fresh, verb, verb_here
 from serve_check import check_folder
 
+from serving.vllm_server import find_vllm
+
 FOLDER = WORK / "deploy" / "formats"
 # Bounds of the mean KL in nats per token, as measured on this model with room to spare. What has none is shown.
 MAX_KL = {
@@ -57,7 +59,7 @@ def _format_bars(found: dict[str, Any]) -> list[Bar]:
 
 
 def _client_bars(folder: Path, run: Path) -> list[Bar]:
-    checks = check_folder(folder / "gguf-f16", run) + check_folder(folder / "lora", run)
+    checks = check_folder(folder / "gguf-f16", run) + check_folder(folder / "lora", run, find_vllm())
     return [
         Bar(
             f"{check.client}: {check.what}",

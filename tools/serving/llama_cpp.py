@@ -123,17 +123,20 @@ class LlamaServer:
         return str(self._post("/v1/chat/completions", body)["choices"][0]["message"]["content"])
 
     def _post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
-        request = urllib.request.Request(
-            self.address + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        try:
-            with urllib.request.urlopen(request, timeout=_ANSWER_S) as answer:
-                found: dict[str, Any] = json.load(answer)
-                return found
-        except urllib.error.HTTPError as error:
-            raise ServerFault(f"{path}: {error.read().decode(errors='replace')[:500]}") from error
-        except OSError as error:
-            raise ServerFault(f"{path}: the server is gone ({error})") from error
+        return post(self.address, path, body)
+
+
+def post(address: str, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+    """The answer to a request, in JSON. ServerFault where the server refuses it or is gone."""
+    request = urllib.request.Request(address + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=_ANSWER_S) as answer:
+            found: dict[str, Any] = json.load(answer)
+            return found
+    except urllib.error.HTTPError as error:
+        raise ServerFault(f"{path}: {error.read().decode(errors='replace')[:500]}") from error
+    except OSError as error:
+        raise ServerFault(f"{path}: the server is gone ({error})") from error
 
 
 _GREEDY: dict[str, Any] = {"temperature": -1.0, "cache_prompt": False}
