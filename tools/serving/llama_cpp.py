@@ -16,6 +16,7 @@ import tempfile
 import threading
 import urllib.error
 import urllib.request
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -30,8 +31,24 @@ class ServerFault(Exception):
     """The server did not start, or refused a request."""
 
 
-class LlamaServer:
-    """A server of one model, with an adapter if one is given. Ended by `close` or on leaving a `with` block."""
+class Server(ABC):
+    """A process that is ended by `close` or on leaving a `with` block."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @abstractmethod
+    def close(self) -> None:
+        """End the process."""
+
+
+class LlamaServer(Server):
+    """A server of one model, with an adapter if one is given."""
 
     def __init__(
         self,
@@ -75,14 +92,6 @@ class LlamaServer:
             timer.cancel()
         self.close()
         return None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """End the process."""

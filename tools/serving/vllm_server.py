@@ -21,10 +21,9 @@ import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
-from serving.llama_cpp import ServerFault, post
+from serving.llama_cpp import Server, ServerFault, post
 
 START_S = 900  # without a compiler's cache and on one core
 _END_S = 30
@@ -80,8 +79,8 @@ def find_vllm(named: Path | None = None) -> Vllm | None:
     return Vllm(python.absolute(), version, "cpu" in f"{name} {version}") if version else None
 
 
-class VllmServer:
-    """A server of one model, with an adapter if one is given. Ended by `close` or on leaving a `with` block."""
+class VllmServer(Server):
+    """A server of one model, with an adapter if one is given."""
 
     def __init__(
         self,
@@ -124,14 +123,6 @@ class VllmServer:
             except (OSError, urllib.error.URLError):
                 time.sleep(1)
         return False
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """End the server and its children."""
