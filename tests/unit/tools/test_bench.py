@@ -358,7 +358,11 @@ def test_peers_lose_what_we_lose_at_every_step(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     results = {result["contender"]: result for result in json.loads(figures.read_text())["results"]}
     assert set(results) == set(names.split(","))
-    assert all(len(result["losses"]) == 2 for result in results.values())
+    # Ours is quick, and makes some more steps than the peers.
+    assert {name: len(result["losses"]) for name, result in results.items() if name != "ours"} == dict.fromkeys(
+        ("trl_padded", "trl_packed", "peft_loop"), 2
+    )
+    assert len(results["ours"]["losses"]) > 2
     tolerance = tool("contenders.results").LOSS_TOLERANCE
     assert all(result["loss_gap"] <= tolerance for result in results.values()), results
     assert results["ours"]["losses"][0] - results["ours"]["losses"][1] > 2 * tolerance  # they learn
